@@ -1,0 +1,273 @@
+"""The Python surface: ``attention``, ``plan``, ``open_run``."""
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+import torch
+
+from cqsa_stream.errors import ArrayError, InputError
+from cqsa_stream.events import Figures, Observer
+from cqsa_stream.execute import Target, run_in_memory, run_on_disk
+from cqsa_stream.meter import covered, tokens_done
+from cqsa_stream.planning import Options, plan_run
+from cqsa_stream.problem import Problem
+from cqsa_stream.run import Manifest, RunDirectory
+from cqsa_stream.schedulers.planner import Plan
+from cqsa_stream.storage.arrays import TokenArray, open_array
+from cqsa_stream.storage.output import open_for_writing
+from cqsa_stream.verify import Verification, verify_rows
+
+__all__ = ["Run", "attention", "open_inputs", "open_run", "plan"]
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    out: str | Path | None = None,
+    return_lse: bool = False,
+    q_start: int = 0,
+    queries: tuple[int, int] | None = None,
+    device: str = "auto",
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    schedule: str = "auto",
+    chunks: int | None = None,
+    run_dir: str | Path | None = None,
+    checkpoint_every_s: float | None = None,
+    max_seconds: float | None = None,
+    observers: Sequence[Observer] = (),
+) -> Any:
+    """Compute exact attention of arrays that need not fit in memory; the arguments are those of torch's SDPA, and more.
+
+    ``query [batch, heads, query_tokens, head_dim]``, ``key [batch, kv_heads, keys, head_dim]`` and ``value [batch,
+    kv_heads, keys, value_dim]``, each a path or URL, a ``zarr.Array``, a ``tensorstore.TensorStore``, a numpy array or a
+    torch tensor, of float32, float16 or bfloat16. Fewer K/V than query heads need ``enable_gqa``.
+
+    ``is_causal`` aligns by position: query row i stands at ``q_start + i`` and sees the keys up to its own position.
+    ``queries=(a, b)`` computes only those rows. ``scale``: 1 / sqrt(head_dim) where None.
+
+    ``out=None`` returns a tensor. ``out=path`` writes a Zarr v3 array, durably: progress is kept in ``run_dir``
+    (``OUT.run`` where None) every ``checkpoint_every_s`` seconds (60), the same call resumes, and the opened
+    ``tensorstore.TensorStore`` is returned. ``return_lse`` returns (output, lse [batch, heads, rows] float32).
+
+    ``device_memory``, ``host_memory``: bytes or "4GiB"; None takes 80 % of what is free, or what the run's last session
+    had. ``schedule``: "auto", "cqs" or "rectangular". ``chunks``: c, a Singer number where queries and keys are the same
+    positions. ``observers`` are called with each event (``cqsa_stream.events``).
+
+    Raises InputError, BudgetError, LockedError, MismatchError or ArrayError, and RunStopped at ``max_seconds``.
+    """
+    if attn_mask is not None:
+        raise InputError("attn_mask: a mask in memory is not supported; take is_causal, q_start and queries")
+    if dropout_p != 0.0:
+        raise InputError(f"dropout_p {dropout_p}: not supported, the result is exact; leave it 0.0")
+    arrays = open_inputs(query, key, value)
+    problem = Problem.of(
+        arrays["query"], arrays["key"], arrays["value"], scale=scale, causal=is_causal, q_start=q_start, queries=queries
+    )
+    if problem.group > 1 and not enable_gqa:
+        raise InputError(f"{problem.heads} query heads over {problem.kv_heads} key/value heads; set enable_gqa=True")
+    options = Options(
+        device=None if device == "auto" else device,
+        device_memory=device_memory,
+        host_memory=host_memory,
+        schedule=None if schedule == "auto" else schedule,
+        chunks=chunks,
+        checkpoint_every_s=checkpoint_every_s,
+        max_seconds=max_seconds,
+    )
+    if out is None:
+        if run_dir is not None:
+            raise InputError("run_dir without out: a run that can be resumed needs a path for its output; give out")
+        sink = run_in_memory(problem, arrays, options, observers, with_lse=return_lse)
+        target = query.device if isinstance(query, torch.Tensor) else torch.device("cpu")
+        return (sink.out.to(target), sink.lse.to(target)) if sink.lse is not None else sink.out.to(target)
+    directory = run_on_disk(problem, arrays, options, Target.of(out, run_dir), observers, (signal.SIGINT,))
+    run = Run(directory.path)
+    return (run.output(), run.lse()) if return_lse else run.output()
+
+
+def plan(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    out: str | Path | None = None,
+    q_start: int = 0,
+    queries: tuple[int, int] | None = None,
+    device: str = "auto",
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    schedule: str = "auto",
+    chunks: int | None = None,
+) -> Plan:
+    """Return what ``attention`` with the same options would do and need, reading nothing but shapes.
+
+    The plan may be over budget: see its ``fits``. Print it, or take its ``to_dict()``.
+    """
+    arrays = open_inputs(query, key, value)
+    problem = Problem.of(
+        arrays["query"], arrays["key"], arrays["value"], scale=scale, causal=is_causal, q_start=q_start, queries=queries
+    )
+    options = Options(device, device_memory, host_memory, schedule, chunks)
+    return plan_run(problem, arrays, options, durable=out is not None)[0]
+
+
+def open_inputs(query: Any, key: Any, value: Any, *, fill_missing: bool = False) -> dict[str, TokenArray]:
+    """Open the three arrays. Raises ArrayError saying which of them, and why."""
+    arrays = {}
+    for name, source in (("query", query), ("key", key), ("value", value)):
+        try:
+            arrays[name] = open_array(source, fill_missing=fill_missing)
+        except ArrayError as error:
+            raise ArrayError(f"{name}: {error}") from error
+    return arrays
+
+
+def open_run(path: str | Path) -> "Run":
+    """Open a run directory. Raises InputError where it is none."""
+    return Run(Path(path))
+
+
+class Run:
+    """A run on disk, finished or not."""
+
+    def __init__(self, path: Path) -> None:
+        self.directory = RunDirectory(path)
+        self.manifest: Manifest = self.directory.manifest()
+
+    def status(self) -> dict[str, Any]:
+        """Return where the run stands, by what is on disk, and the last session's figures."""
+        problem, grid = self.manifest.problem, self.manifest.grid
+        store = self.directory.store(self.manifest)
+        finished: list[set[int]] = []
+        pairs = flops = 0
+        for lane in range(problem.lanes):
+            covers = dict(store.covers(lane))
+            finished.append({row for row, cover in covers.items() if cover is None})
+            for row, cover in covers.items():
+                row_pairs, row_flops = covered(problem, grid, row, cover)
+                pairs, flops = pairs + row_pairs, flops + row_flops
+        rows_total = problem.lanes * sum(1 for a in range(grid.rows.chunks) if grid.rows.span(a))
+        rows_done = sum(map(len, finished))
+        sessions = _sessions(self.directory.events())
+        last = {**(sessions[-1] if sessions else {}), **self.directory.session()}
+        plan = last.get("plan", {})
+        complete = rows_done == rows_total
+        return {
+            "complete": complete,
+            "schedule": plan.get("schedule"),
+            "chunks": grid.rows.chunks,
+            "pairs_done": pairs,
+            "pairs_total": grid.pairs * problem.lanes,
+            "rows_done": rows_done,
+            "rows_total": rows_total,
+            "tokens_done": tokens_done(problem, grid, finished),
+            "elapsed_s": sum(s["session_s"] for s in sessions[:-1]) + last.get("session_s", 0.0),
+            "session_s": last.get("session_s", 0.0),
+            "eta_s": 0.0 if complete else _eta(problem.flops - flops, last),
+            "flops_done": flops,
+            "bytes_read": sum(s["bytes_read"] for s in sessions[:-1]) + last.get("bytes_read", 0),
+            "bytes_written": sum(s["bytes_written"] for s in sessions[:-1]) + last.get("bytes_written", 0),
+            "device_peak_bytes": max([last.get("device_peak_bytes", 0), *(s["device_peak_bytes"] for s in sessions)]),
+            "host_peak_bytes": max([last.get("host_peak_bytes", 0), *(s["host_peak_bytes"] for s in sessions)]),
+            "device_projected_bytes": plan.get("device_projected_bytes"),
+            "host_projected_bytes": plan.get("host_projected_bytes"),
+            "predicted_s": plan.get("seconds"),
+            "predicted_bytes_read": plan.get("bytes_read"),
+            "predicted_bytes_written": plan.get("bytes_written"),
+            "sessions": len(sessions),
+            "pid": self.directory.live_pid(),
+        }
+
+    def resume(self, observers: Sequence[Observer] = (), max_seconds: float | None = None) -> "Run":
+        """Go on to the end, as the last session did. Raises as ``attention`` does."""
+        target = Target(
+            self.directory.output_path(self.manifest),
+            self.directory.path,
+            self.directory.lse_path(self.manifest),
+            fill_missing=self.manifest.fill_missing,
+        )
+        options = Options(max_seconds=max_seconds)
+        run_on_disk(self.manifest.problem, self._inputs(), options, target, observers, (signal.SIGINT,))
+        return self
+
+    def verify(self, rows: int = 256, seed: int = 0) -> Verification:
+        """Compute sampled finished rows anew in float64 and compare. Raises InputError where no row is finished."""
+        if rows < 1:
+            raise InputError(f"rows {rows}; expected at least 1")
+        problem, store = self.manifest.problem, self.directory.store(self.manifest)
+        finished = [{row for row, cover in store.covers(lane) if cover is None} for lane in range(problem.lanes)]
+        if not any(finished):
+            raise InputError(f"{self.directory.path}: no row is finished yet; resume the run first")
+        last = next((e for e in reversed(self.directory.events()) if e.get("event") == "started"), {})
+        on_cuda = "cuda" in str(last.get("options", {}).get("device"))
+        return verify_rows(
+            problem,
+            self._inputs(),
+            open_array(self.directory.output_path(self.manifest)),
+            _Lazy(self.lse()),
+            finished,
+            self.manifest.rows,
+            rows,
+            seed,
+            rounded_tiles=on_cuda and problem.dtype != "float32",
+        )
+
+    def output(self) -> ts.TensorStore:
+        """Return the output array ``[batch, head, token, feature]``, opened."""
+        return open_for_writing(self.directory.output_path(self.manifest))
+
+    def lse(self) -> ts.TensorStore:
+        """Return the log-sum-exp ``[batch, head, token]``, float32, opened."""
+        return open_for_writing(self.directory.lse_path(self.manifest))
+
+    def _inputs(self) -> dict[str, TokenArray]:
+        sources = {name: entry["source"] for name, entry in self.manifest.inputs.items()}
+        if "memory" in sources.values():
+            raise InputError("the run's inputs were in memory: call attention with the same tensors and out path")
+        return open_inputs(sources["query"], sources["key"], sources["value"], fill_missing=self.manifest.fill_missing)
+
+
+class _Lazy:
+    """Reads single numbers of a TensorStore."""
+
+    def __init__(self, store: ts.TensorStore) -> None:
+        self._store = store
+
+    def __getitem__(self, index: tuple[int, int, int]) -> np.ndarray:
+        values: np.ndarray = self._store[index].read().result()
+        return values
+
+
+def _sessions(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each session, its plan and the latest figures it logged."""
+    sessions: list[dict[str, Any]] = []
+    empty = dict.fromkeys(Figures.__dataclass_fields__, 0)
+    for event in events:
+        if event.get("event") == "started":
+            sessions.append({**empty, "plan": {}})
+        if sessions:
+            sessions[-1].update({k: v for k, v in event.items() if k in empty or k == "plan"})
+    return sessions
+
+
+def _eta(flops_left: int, last: dict[str, Any]) -> float | None:
+    if not last.get("session_flops"):
+        return None
+    return float(flops_left * last["session_s"] / last["session_flops"])
+
+

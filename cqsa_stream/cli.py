@@ -1,0 +1,235 @@
+"""The command line: ``cqsa generate | plan | run | status | verify``.
+
+Data goes to stdout, messages and progress to stderr. Exit codes: 0 done; 1 failed; 2 bad usage or input; 3 stopped and
+resumable; 4 over budget; 5 locked; 6 another problem or other inputs; 130 Ctrl-C (resumable).
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from cqsa_stream.problem import Problem
+    from cqsa_stream.storage.arrays import TokenArray
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Exact attention over sequences on disk, within a memory budget, resumable.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Causal = Annotated[bool, typer.Option("--causal", help="A query sees the keys up to its own position.")]
+Scale = Annotated[float | None, typer.Option(help="Factor of the scores; 1/sqrt(head dim) where not given.")]
+QStart = Annotated[int, typer.Option("--q-start", help="Position of the first query row.")]
+Queries = Annotated[str | None, typer.Option(metavar="A:B", help="Compute only the query rows A to B-1.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:<number>.")]
+DeviceMemory = Annotated[str | None, typer.Option("--device-memory", metavar="SIZE", help='As "4GiB" or "512MiB".')]
+HostMemory = Annotated[str | None, typer.Option("--host-memory", metavar="SIZE", help="80 % of what is free if not given.")]
+ScheduleName = Annotated[str | None, typer.Option("--schedule", help="auto, cqs or rectangular.")]
+Chunks = Annotated[int | None, typer.Option(help="Number of chunks: 7, 13, 21, 31, 57, ...")]
+FillMissing = Annotated[bool, typer.Option("--fill-missing", help="Read missing stored chunks as the fill value.")]
+OutDtype = Annotated[str | None, typer.Option("--out-dtype", help="float32, float16 or bfloat16; the inputs' if not given.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+
+
+def main() -> None:
+    """Run the command line; every expected error becomes one line and its exit code."""
+    try:
+        app(standalone_mode=True)
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None and not isinstance(error, OSError | MemoryError):
+            raise
+        print(f"cqsa: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1 if code is None else code)
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    tokens: Annotated[int, typer.Option()],
+    heads: Annotated[int, typer.Option()],
+    head_dim: Annotated[int, typer.Option("--head-dim")],
+    kv_heads: Annotated[int | None, typer.Option("--kv-heads")] = None,
+    batch: Annotated[int, typer.Option()] = 1,
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    seed: Annotated[int, typer.Option()] = 0,
+    chunk_tokens: Annotated[int | None, typer.Option("--chunk-tokens", help="Tokens of a stored chunk; 4 MiB's worth.")] = None,
+    codec: Annotated[str, typer.Option(help="none, crc32c or zstd.")] = "none",
+) -> None:
+    """Write normally distributed q.zarr, k.zarr and v.zarr into DIR."""
+    from cqsa_stream.generate import generate as make
+
+    paths = make(
+        directory, tokens=tokens, heads=heads, head_dim=head_dim, kv_heads=kv_heads, batch=batch, dtype=dtype,
+        seed=seed, chunk_tokens=chunk_tokens, codec=codec,
+    )  # fmt: skip
+    for path in paths:
+        print(path)
+
+
+@app.command()
+def plan(
+    q: Annotated[str, typer.Argument(metavar="Q")],
+    k: Annotated[str, typer.Argument(metavar="K")],
+    v: Annotated[str, typer.Argument(metavar="V")],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT")] = None,
+    causal: Causal = False,
+    scale: Scale = None,
+    q_start: QStart = 0,
+    queries: Queries = None,
+    device: Device = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    schedule: ScheduleName = None,
+    chunks: Chunks = None,
+    fill_missing: FillMissing = False,
+    out_dtype: OutDtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would need and take, without running it. Exit code 4 where it does not fit."""
+    from cqsa_stream.planning import Options, plan_run, refuse_over_budget
+
+    arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype)
+    options = Options(device, device_memory, host_memory, schedule, chunks)
+    found, _ = plan_run(problem, arrays, options, durable=True)
+    print(json.dumps(found.to_dict()) if as_json else found)
+    refuse_over_budget(found)
+
+
+@app.command()
+def run(
+    q: Annotated[str, typer.Argument(metavar="Q")],
+    k: Annotated[str, typer.Argument(metavar="K")],
+    v: Annotated[str, typer.Argument(metavar="V")],
+    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    causal: Causal = False,
+    scale: Scale = None,
+    q_start: QStart = 0,
+    queries: Queries = None,
+    device: Device = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    schedule: ScheduleName = None,
+    chunks: Chunks = None,
+    fill_missing: FillMissing = False,
+    out_dtype: OutDtype = None,
+    checkpoint_every: Annotated[float | None, typer.Option("--checkpoint-every", metavar="SECONDS", help="60 if not given.")] = None,
+    max_seconds: Annotated[float | None, typer.Option("--max-seconds", help="Stop, resumable, after so long.")] = None,
+    lse: Annotated[Path | None, typer.Option(help="Where the log-sum-exp goes; into the run directory if not given.")] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="OUT.run if not given.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the earlier run of OUT and its output.")] = False,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Compute OUT, a Zarr v3 array; the same command again resumes."""
+    from cqsa_stream.execute import Target, run_on_disk
+    from cqsa_stream.observers import terminal_observer
+    from cqsa_stream.planning import Options
+
+    arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype)
+    options = Options(
+        device, device_memory, host_memory, schedule, chunks, checkpoint_every_s=checkpoint_every, max_seconds=max_seconds
+    )
+    target = Target.of(
+        out, run_dir, lse=None if lse is None else lse.absolute(), fresh=fresh, fill_missing=fill_missing
+    )
+    watching = terminal_observer(as_json=as_json, quiet=quiet)
+    with _interruptible(target.run_dir):
+        run_on_disk(problem, arrays, options, target, watching, (signal.SIGINT, signal.SIGTERM))
+    if not quiet:
+        print(f"cqsa: {out} is complete (run directory {target.run_dir})", file=sys.stderr)
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until the run is complete.")] = False,
+) -> None:
+    """Say where a run stands, by what is on disk."""
+    from cqsa_stream.api import open_run
+
+    opened = open_run(run_dir)
+    while True:
+        found = opened.status()
+        print(json.dumps(found) if as_json else _lines(found), flush=True)
+        if not watch or found["complete"]:
+            return
+        time.sleep(1)
+
+
+@app.command()
+def verify(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    rows: Annotated[int, typer.Option(help="How many rows to compute anew.")] = 256,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compute sampled rows of what is finished anew in float64, and compare. Exit code 1 beyond the tolerance."""
+    from cqsa_stream.api import open_run
+
+    found = open_run(run_dir).verify(rows=rows, seed=seed)
+    print(json.dumps(asdict(found)) if as_json else _lines(asdict(found)))
+    if not found.ok:
+        print("cqsa: the output differs from the float64 reference beyond the tolerance", file=sys.stderr)
+        sys.exit(1)
+
+
+def _problem(
+    q: str, k: str, v: str, fill_missing: bool, causal: bool, scale: float | None, q_start: int, queries: str | None,
+    out_dtype: str | None,
+) -> "tuple[dict[str, TokenArray], Problem]":  # fmt: skip
+    from cqsa_stream.api import open_inputs
+    from cqsa_stream.problem import Problem
+
+    rows = _query_range(queries)
+    arrays = open_inputs(q, k, v, fill_missing=fill_missing)
+    problem = Problem.of(
+        arrays["query"], arrays["key"], arrays["value"], scale=scale, causal=causal, q_start=q_start, queries=rows,
+        out_dtype=out_dtype,
+    )  # fmt: skip
+    return arrays, problem
+
+
+def _query_range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, stop = text.partition(":")
+    if not (colon and first.isdecimal() and stop.isdecimal()):
+        from cqsa_stream.errors import InputError
+
+        raise InputError(f"--queries {text!r}; expected A:B, as 0:4096")
+    return int(first), int(stop)
+
+
+@contextmanager
+def _interruptible(run_dir: Path) -> Iterator[None]:
+    """Say how to go on after a stop; Ctrl-C is exit code 130."""
+    from cqsa_stream.errors import RunStopped
+
+    try:
+        yield
+    except RunStopped as error:
+        print(f"cqsa: {error}; the same command resumes (state in {run_dir})", file=sys.stderr)
+        sys.exit(130 if "SIGINT" in str(error) else error.exit_code)
+    except KeyboardInterrupt:
+        print("cqsa: interrupted before the first step; the same command begins or resumes", file=sys.stderr)
+        sys.exit(130)
+
+
+def _lines(fields: dict[str, Any]) -> str:
+    width = max(map(len, fields))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in fields.items())

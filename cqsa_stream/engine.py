@@ -1,0 +1,200 @@
+"""The engine: the one inner loop that every schedule, device and resume goes through.
+
+For each task: hold the rows' queries and partials on the device, stream the columns' keys and values past them in
+blocks, attend, merge. Between two columns every partial in memory covers whole pairs: there a run can checkpoint, finish
+rows and stop. Which calls a pair takes, and in which order a row meets its columns, depends on the plan alone and not on
+what was done before: a resumed run repeats the same arithmetic bit for bit.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cqsa_stream.errors import RunStopped
+from cqsa_stream.events import Checkpointed, Observer, Progressed
+from cqsa_stream.held import HeldRows
+from cqsa_stream.kernels import Kernel
+from cqsa_stream.masks import Tile
+from cqsa_stream.meter import Meter
+from cqsa_stream.partial import fold
+from cqsa_stream.prefetch import Prefetcher, Read
+from cqsa_stream.problem import Problem, dtype_bytes
+from cqsa_stream.schedulers.memory import slot_bytes
+from cqsa_stream.schedulers.planner import Plan, make_schedule
+from cqsa_stream.schedulers.schedules import Task
+from cqsa_stream.sinks import Sink
+from cqsa_stream.staging import Stage
+from cqsa_stream.storage.arrays import TokenArray
+from cqsa_stream.storage.partials import PartialStore
+
+__all__ = ["Engine", "Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a session works with. ``stop()`` gives the reason to stop at the next safe point, or None."""
+
+    problem: Problem
+    plan: Plan
+    arrays: dict[str, TokenArray]
+    sink: Sink
+    store: PartialStore | None
+    device: torch.device
+    kernel: Kernel
+    stop: Callable[[], str | None]
+    observer: Observer
+    meter: Meter
+    checkpoint_every_s: float
+
+
+class Engine:
+    """Runs a job to its end, or to the moment it is told to stop."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.problem, self.plan, self.grid = job.problem, job.plan, job.plan.grid
+        self.schedule = make_schedule(job.plan.schedule, self.grid, job.plan.layout.rows_per_task)
+        layout = job.plan.layout
+        self.tile = Tile(layout.tile_rows, layout.tile_columns, layout.leaf)
+        self.covers = self._stored_covers()
+        self._last_checkpoint = time.monotonic()
+
+    def run(self) -> None:
+        """Compute every pair that is not covered yet. Raises RunStopped after a checkpoint, or what went wrong."""
+        while unfinished := self._unfinished():
+            self._pass()
+            if self._unfinished() == unfinished:
+                raise RuntimeError("a whole pass over the schedule finished no row; this is a defect")
+            self.covers = self._stored_covers()  # partials found damaged on the way have lost their cover
+
+    def _stored_covers(self) -> list[dict[int, int | None]]:
+        """Return, for each lane, the covers of the stored partials by row; None where the row is finished."""
+        lanes = range(self.problem.lanes)
+        if self.job.store is None:
+            return [dict.fromkeys(self.job.meter.finished[lane]) for lane in lanes]
+        covers = [dict(self.job.store.covers(lane)) for lane in lanes]
+        self.job.meter.restart(covers)
+        return covers
+
+    def _unfinished(self) -> int:
+        return self.job.meter.rows_total - self.job.meter.rows_done
+
+    def _tasks(self, lane: int) -> Iterator[tuple[int, Task]]:
+        """Yield (number, task) for what is left to do in a lane."""
+        done = {
+            row: self.grid.complete_cover(row) if cover is None else cover for row, cover in self.covers[lane].items()
+        }
+        for number, task in enumerate(self.schedule.tasks(lane)):
+            left = task.without(done)
+            if left.rows:
+                yield number, left
+
+    def _pass(self) -> None:
+        problem, layout = self.problem, self.plan.layout
+        stored, compute = getattr(torch, problem.dtype), self.job.kernel.compute_dtype(getattr(torch, problem.dtype))
+        slot = slot_bytes(
+            problem.head_dim, problem.value_dim, problem.group, dtype_bytes(problem.dtype), layout.block_tokens
+        )
+        widths = {"key": problem.head_dim, "value": problem.value_dim}
+        held = HeldRows(problem, self.grid, layout, self.job.device, compute, self.job.store)
+        stage = Stage(self.job.device, stored, compute, layout.block_tokens, widths)
+        reads = (read for lane in range(problem.lanes) for _, task in self._tasks(lane) for read in self._reads(task))
+        with Prefetcher(reads, self.job.arrays, layout.ring_slots, slot, self.job.device) as stream:
+            for lane in range(problem.lanes):
+                held.begin_lane(lane)
+                self._finish_complete(held, lane)
+                for number, task in self._tasks(lane):
+                    self._run_task(number, task, held, stage, stream)
+                held.end_lane()
+
+    def _reads(self, task: Task) -> Iterator[Read]:
+        """Yield what a task reads, in the order in which it is used."""
+        batch, query_heads, kv_heads = self.problem.lane_heads(task.lane)
+        for row in task.rows:
+            for tokens in self._query_pieces(row):
+                first = self.problem.first_query
+                yield Read("query", batch, query_heads, range(tokens.start + first, tokens.stop + first))
+        for column in task.columns:
+            for tokens in self._blocks(column):
+                yield Read("key", batch, kv_heads, tokens)
+                yield Read("value", batch, kv_heads, tokens)
+
+    def _query_pieces(self, row: int) -> Iterator[range]:
+        """Cut a row chunk into pieces that fit a ring buffer with all heads of the group."""
+        problem, block = self.problem, self.plan.layout.block_tokens
+        width = max(problem.head_dim, problem.value_dim)
+        return _pieces(self.grid.rows.span(row), max(1, block * width // (problem.group * problem.head_dim)))
+
+    def _blocks(self, column: int) -> Iterator[range]:
+        return _pieces(self.grid.columns.span(column), self.plan.layout.block_tokens)
+
+    def _run_task(self, number: int, task: Task, held: HeldRows, stage: Stage, stream: Prefetcher) -> None:
+        queries: dict[int, Tensor] = {}
+        for place, row in enumerate(task.rows):
+            span, queries[row] = self.grid.rows.span(row), held.queries(place, row)
+            for tokens in self._query_pieces(row):
+                stage.queries(next(stream), queries[row][:, tokens.start - span.start : tokens.stop - span.start])
+            held.partial(row, task.rows, lambda r: self.schedule.next_use(r, number))
+        for column, rows in task.steps:
+            for tokens in self._blocks(column):
+                key, value = stage.block(next(stream), next(stream))
+                for row in rows:
+                    self._attend(row, queries[row], held, tokens, key, value)
+                stage.done()
+            for row in rows:
+                if held.add(row, column) == self.grid.complete_cover(row):
+                    self._finish(held, row)
+            self._safe_point(held, task.lane, column, rows)
+
+    def _attend(self, row: int, queries: Tensor, held: HeldRows, tokens: range, key: Tensor, value: Tensor) -> None:
+        """Merge the attention of a row chunk over one block of keys into the row's partial."""
+        span = self.grid.rows.span(row)
+        partial = held.partial(row, (), lambda _: 0)
+        for call in self.problem.mask.calls(span, tokens, self.tile):
+            rows = slice(call.rows.start - span.start, call.rows.stop - span.start)
+            columns = slice(call.columns.start - tokens.start, call.columns.stop - tokens.start)
+            out, lse = self.job.kernel.attend(
+                queries[:, rows], key[:, columns], value[:, columns], call.mask, self.problem.scale
+            )
+            fold(partial.out[:, rows], partial.lse[:, rows], out, lse)
+
+    def _finish_complete(self, held: HeldRows, lane: int) -> None:
+        """Finish rows that need nothing more: those that see no key, and those stored complete but not yet finished."""
+        for row in range(self.grid.rows.chunks):
+            cover = self.covers[lane].get(row, 0)
+            if self.grid.rows.span(row) and cover is not None and cover == self.grid.complete_cover(row):
+                if held.partial(row, (), lambda _: 0).cover == cover:
+                    self._finish(held, row)
+                else:
+                    held.release(row)
+
+    def _finish(self, held: HeldRows, row: int) -> None:
+        """Make a complete row's output durable, and only then replace its partial by the word that it is finished."""
+        partial = held.partial(row, (), lambda _: 0)
+        checksum = self.job.sink.write(held.lane, self.grid.rows.span(row), partial.out, partial.lse)
+        if self.job.store is not None:
+            self.job.store.finish(held.lane, row, checksum)
+        held.release(row)
+        self.job.meter.row_finished(held.lane, row)
+
+    def _safe_point(self, held: HeldRows, lane: int, column: int, rows: tuple[int, ...]) -> None:
+        """Between two columns: report, checkpoint where it is due, stop where that is asked."""
+        self.job.meter.pairs_computed(rows, column)
+        self.job.observer(Progressed(self.job.meter.figures()))
+        reason = self.job.stop()
+        due = time.monotonic() - self._last_checkpoint >= self.job.checkpoint_every_s
+        if self.job.store is not None and (reason or due):
+            start = time.monotonic()
+            count = held.commit()
+            self._last_checkpoint = time.monotonic()
+            figures = self.job.meter.figures()
+            self.job.observer(Checkpointed(self._last_checkpoint - start, count, figures))
+        if reason:
+            raise RunStopped(reason)
+
+
+def _pieces(span: range, length: int) -> Iterator[range]:
+    return (range(start, min(start + length, span.stop)) for start in range(span.start, span.stop, length))

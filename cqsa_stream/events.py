@@ -1,0 +1,70 @@
+"""What a run tells its observers. The engine emits these and never prints."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Checkpointed", "Event", "Ended", "Figures", "Observer", "Progressed", "Started"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Where a run stands. ``*_done`` of all sessions; seconds, bytes and ``session_flops`` of this one."""
+
+    pairs_done: int
+    pairs_total: int
+    rows_done: int
+    rows_total: int
+    tokens_done: int
+    flops_done: int
+    flops_total: int
+    session_s: float
+    session_flops: int
+    bytes_read: int
+    bytes_written: int
+    device_peak_bytes: int
+    host_peak_bytes: int
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the end at this session's rate; None before there is one."""
+        if self.flops_done >= self.flops_total:
+            return 0.0
+        if not self.session_flops:
+            return None
+        return (self.flops_total - self.flops_done) * self.session_s / self.session_flops
+
+
+@dataclass(frozen=True)
+class Started:
+    """A session begins; ``plan`` as ``Plan.to_dict`` gives it."""
+
+    plan: dict[str, object]
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """Some pairs are computed (in memory, not on disk)."""
+
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """All that was computed is on disk; it took so many seconds."""
+
+    seconds: float
+    partials: int
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The session is over: ``"done"``, or why it stopped."""
+
+    reason: str
+    figures: Figures
+
+
+Event = Started | Progressed | Checkpointed | Ended
+Observer = Callable[[Event], None]

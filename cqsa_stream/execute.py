@@ -1,0 +1,334 @@
+"""A session of a run: problem -> plan -> check budgets -> compute -> report. In memory, or durable in a run directory."""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import tensorstore as ts
+import torch
+
+from cqsa_stream.engine import Engine, Job
+from cqsa_stream.errors import InputError, MismatchError
+from cqsa_stream.events import Ended, Observer, Started
+from cqsa_stream.kernels import kernel_for
+from cqsa_stream.meter import HostPeak, Meter
+from cqsa_stream.observers import EventLog, everyone
+from cqsa_stream.planning import Options, plan_run, refuse_over_budget
+from cqsa_stream.problem import Problem
+from cqsa_stream.run import Manifest, RunDirectory
+from cqsa_stream.schedulers.planner import Plan
+from cqsa_stream.sinks import MemorySink, Sink, ZarrSink
+from cqsa_stream.stopping import Stopper
+from cqsa_stream.storage.arrays import TokenArray
+from cqsa_stream.storage.fingerprint import fingerprint
+from cqsa_stream.storage.output import create_array, open_for_writing
+from cqsa_stream.storage.partials import PartialStore
+
+__all__ = ["CHECKPOINT_EVERY_S", "Target", "run_in_memory", "run_on_disk"]
+
+CHECKPOINT_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a durable run goes. ``lse`` None: into the run directory."""
+
+    out: Path
+    run_dir: Path
+    lse: Path | None = None
+    fresh: bool = False
+    fill_missing: bool = False
+
+    @classmethod
+    def of(cls, out: str | Path, run_dir: str | Path | None, **more: object) -> "Target":
+        """The run directory is ``OUT.run`` beside the output where none is named."""
+        path = Path(out).absolute()
+        beside = path.with_name(path.name + ".run")
+        return cls(path, beside if run_dir is None else Path(run_dir).absolute(), **more)  # type: ignore[arg-type]
+
+
+def run_in_memory(
+    problem: Problem,
+    arrays: dict[str, TokenArray],
+    options: Options,
+    observers: Sequence[Observer],
+    *,
+    with_lse: bool,
+) -> MemorySink:
+    """Compute into tensors; nothing is written anywhere. Raises BudgetError, and RunStopped at ``max_seconds``."""
+    host = HostPeak()
+    plan, device = plan_run(problem, arrays, options, durable=False)
+    refuse_over_budget(plan)
+    for array in arrays.values():
+        array.check()
+    sink = MemorySink(problem, with_lse=with_lse)
+    session = _Session(problem, plan, device, arrays, sink, None, host, options)
+    session.run(everyone(observers), signals=())
+    return sink
+
+
+def run_on_disk(
+    problem: Problem,
+    arrays: dict[str, TokenArray],
+    options: Options,
+    target: Target,
+    observers: Sequence[Observer],
+    signals: tuple[signal.Signals, ...],
+) -> RunDirectory:
+    """Begin a run, or resume it, to its end; a finished one is left as it is. Raises the errors of errors.py."""
+    host = HostPeak()
+    directory = RunDirectory(target.run_dir)
+    _refuse_overlap(target, arrays)
+    if directory.begun and not target.fresh:
+        _refuse_differences(directory.manifest(), directory, target, problem, options)
+        prints = _fingerprints(arrays)
+        _refuse_changed_inputs(directory.manifest(), prints)
+        if is_complete(directory):
+            return directory
+        with directory.locked():
+            manifest = directory.manifest()
+            options = _inherit(options, directory)
+            plan, device = plan_run(
+                problem, arrays, options, durable=True, grid=manifest.grid, out_tokens=manifest.out_tokens
+            )
+            refuse_over_budget(plan)
+            _durable_session(directory, manifest, plan, device, arrays, options, observers, signals, host)
+        return directory
+    _refuse_occupied(target, directory)
+    plan, device = plan_run(problem, arrays, options, durable=True)
+    refuse_over_budget(plan)
+    for array in arrays.values():
+        array.check()
+    prints = _fingerprints(arrays)
+    with directory.locked():
+        if target.fresh:
+            _discard(directory)
+        manifest = _manifest(problem, plan, arrays, prints, target)
+        directory.begin(manifest)
+        _durable_session(directory, manifest, plan, device, arrays, options, observers, signals, host)
+    return directory
+
+
+def is_complete(directory: RunDirectory) -> bool:
+    """Return whether every row of the run is finished, by what is on disk."""
+    manifest = directory.manifest()
+    if not directory.output_path(manifest).exists() or not directory.lse_path(manifest).exists():
+        return False
+    store = directory.store(manifest)
+    rows = sum(1 for a in range(manifest.rows.chunks) if manifest.rows.span(a))
+    return all(
+        sum(1 for _, cover in store.covers(lane) if cover is None) == rows for lane in range(manifest.problem.lanes)
+    )
+
+
+@dataclass(frozen=True)
+class _Session:
+    problem: Problem
+    plan: Plan
+    device: torch.device
+    arrays: dict[str, TokenArray]
+    sink: Sink
+    store: PartialStore | None
+    host: HostPeak
+    options: Options
+
+    def run(self, observer: Observer, signals: tuple[signal.Signals, ...]) -> None:
+        """Run the engine between the events that open and close a session."""
+        meter = Meter(self.problem, self.plan.grid, self.arrays, self.store, self.sink, self.device, self.host)
+        every = self.options.checkpoint_every_s
+        with Stopper(self.options.max_seconds, signals) as stop, _on(self.device):
+            engine = Engine(
+                Job(
+                    problem=self.problem,
+                    plan=self.plan,
+                    arrays=self.arrays,
+                    sink=self.sink,
+                    store=self.store,
+                    device=self.device,
+                    kernel=kernel_for(self.device, getattr(torch, self.problem.dtype)),
+                    stop=stop,
+                    observer=observer,
+                    meter=meter,
+                    checkpoint_every_s=CHECKPOINT_EVERY_S if every is None else every,
+                )
+            )
+            observer(Started(self.plan.to_dict(), meter.figures()))
+            reason = "done"
+            try:
+                engine.run()
+            except BaseException as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                observer(Ended(reason, meter.figures()))
+
+
+def _durable_session(
+    directory: RunDirectory,
+    manifest: Manifest,
+    plan: Plan,
+    device: torch.device,
+    arrays: dict[str, TokenArray],
+    options: Options,
+    observers: Sequence[Observer],
+    signals: tuple[signal.Signals, ...],
+    host: HostPeak,
+) -> None:
+    store = directory.store(manifest)
+    store.prepare()
+    out, lse = _output_arrays(directory, manifest, store)
+    sink = ZarrSink(manifest.problem, out, lse, manifest.out_tokens)
+    used = replace(
+        options,
+        device=str(device),
+        device_memory=plan.device_allowed_bytes,
+        host_memory=plan.host_allowed_bytes,
+        schedule=plan.schedule,
+    )
+    log = EventLog(directory, asdict(used))
+    session = _Session(manifest.problem, plan, device, arrays, sink, store, host, options)
+    session.run(everyone((log, *observers)), signals)
+
+
+def _output_arrays(
+    directory: RunDirectory, manifest: Manifest, store: PartialStore
+) -> tuple[ts.TensorStore, ts.TensorStore]:
+    """Open the output and lse arrays, creating them where they are missing (their finished rows are then undone)."""
+    problem, tokens = manifest.problem, manifest.out_tokens
+    wanted = {
+        directory.output_path(manifest): (problem.out_shape, problem.out_dtype, (1, 1, tokens, problem.value_dim)),
+        directory.lse_path(manifest): (problem.out_shape[:3], "float32", (1, 1, manifest.rows.chunk_tokens)),
+    }
+    if not all(path.exists() for path in wanted):
+        store.forget_finished(problem.lanes)
+    opened = []
+    for path, (shape, dtype, chunk) in wanted.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = open_for_writing(path) if path.exists() else create_array(path, shape, dtype, chunk)
+        found = (tuple(array.shape), array.dtype.name, tuple(array.chunk_layout.write_chunk.shape or ()))
+        if found != (shape, dtype, chunk):
+            raise MismatchError(f"{path}: shape, dtype, chunks {found}; this run wrote {(shape, dtype, chunk)}")
+        opened.append(array)
+    return opened[0], opened[1]
+
+
+def _manifest(
+    problem: Problem, plan: Plan, arrays: dict[str, TokenArray], prints: dict[str, str], target: Target
+) -> Manifest:
+    lse = target.lse or target.run_dir / "lse.zarr"
+    return Manifest(
+        problem=problem,
+        rows=plan.grid.rows,
+        columns=plan.grid.columns,
+        out_tokens=plan.layout.out_tokens,
+        inputs={name: {"source": array.source, "fingerprint": prints[name]} for name, array in arrays.items()},
+        output=os.path.relpath(target.out, target.run_dir),
+        lse=os.path.relpath(lse, target.run_dir),
+        fill_missing=target.fill_missing,
+    )
+
+
+def _fingerprints(arrays: dict[str, TokenArray]) -> dict[str, str]:
+    return {name: fingerprint(array) for name, array in arrays.items()}
+
+
+def _inherit(options: Options, directory: RunDirectory) -> Options:
+    """Take what the user did not name from the last session, so that the same plan goes on."""
+    last = next((e.get("options") for e in reversed(directory.events()) if e.get("event") == "started"), None)
+    if not isinstance(last, dict):
+        return options
+    names = ("device", "device_memory", "host_memory", "schedule", "checkpoint_every_s")
+    if options.device is not None and options.device != last.get("device"):
+        names = ("schedule", "checkpoint_every_s")  # budgets of another device say nothing
+    taken = {name: last.get(name) for name in names if getattr(options, name) is None}
+    return replace(options, **taken)
+
+
+def _refuse_overlap(target: Target, arrays: dict[str, TokenArray]) -> None:
+    places = {"output": target.out, "run directory": target.run_dir, **({"lse": target.lse} if target.lse else {})}
+    for name, array in arrays.items():
+        if array.source == "memory" or "://" in array.source:
+            continue
+        source = Path(array.source).resolve()
+        for kind, path in places.items():
+            place = path.resolve()
+            if place == source or source in place.parents or place in source.parents:
+                raise InputError(f"{kind} {path} overlaps the {name} array {source}; name another place")
+    if target.out.resolve() in target.run_dir.resolve().parents or target.out.resolve() == target.run_dir.resolve():
+        raise InputError(f"run directory {target.run_dir} lies inside the output; name another place")
+
+
+def _refuse_occupied(target: Target, directory: RunDirectory) -> None:
+    """Nothing that this run did not write is ever overwritten."""
+    ours: set[Path] = set()
+    if directory.begun:
+        manifest = directory.manifest()
+        ours = {directory.output_path(manifest), directory.lse_path(manifest)}
+    for path in (target.out, target.lse):
+        if path is not None and path.exists() and path not in ours:
+            raise InputError(f"{path} exists and is no result of the run in {directory.path}; name another path")
+    if directory.path.exists() and not directory.begun:
+        foreign = {p.name for p in directory.path.iterdir()} - {"lock", "run.json.tmp"}
+        if foreign:
+            raise InputError(f"{directory.path} exists and holds no run but {sorted(foreign)[:3]}; name another --run-dir")
+    parent = next(p for p in target.out.parents if p.exists())
+    if not parent.is_dir():
+        raise InputError(f"{target.out}: {parent} is no directory; name another path")
+
+
+def _refuse_differences(
+    manifest: Manifest, directory: RunDirectory, target: Target, problem: Problem, options: Options
+) -> None:
+    began, now = manifest.problem.to_dict(), problem.to_dict()
+    differing = [f"{name} {began[name]} (now {now[name]})" for name in began if began[name] != now[name]]
+    if options.chunks is not None and options.chunks != manifest.rows.chunks:
+        differing.append(f"chunks {manifest.rows.chunks} (now {options.chunks})")
+    if directory.output_path(manifest) != target.out:
+        differing.append(f"output {directory.output_path(manifest)} (now {target.out})")
+    if target.lse is not None and directory.lse_path(manifest) != target.lse:
+        differing.append(f"lse {directory.lse_path(manifest)} (now {target.lse})")
+    if differing:
+        raise MismatchError(
+            f"the run in {directory.path} began with {', '.join(differing)}; go on with what it began with, or name "
+            "another output, or start anew with --fresh"
+        )
+
+
+def _refuse_changed_inputs(manifest: Manifest, prints: dict[str, str]) -> None:
+    changed = [name for name, found in prints.items() if manifest.inputs[name]["fingerprint"] != found]
+    if changed:
+        raise MismatchError(
+            f"{', '.join(changed)}: not the content that the run began with; bring the inputs back as they were, or start "
+            "anew with --fresh"
+        )
+
+
+def _discard(directory: RunDirectory) -> None:
+    """Remove what an earlier run left, its output included."""
+    if not directory.begun:
+        return
+    manifest = directory.manifest()
+    for path in (directory.output_path(manifest), directory.lse_path(manifest), directory.path / "partials"):
+        if path.exists():
+            shutil.rmtree(path)
+    for name in ("run.json", "events.jsonl", "session.json"):
+        (directory.path / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Make the device current; running out of its memory becomes a clear error."""
+    try:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                yield
+        else:
+            yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{device} has no memory left ({error}); the run is intact: take a smaller --device-memory") from error
+
+

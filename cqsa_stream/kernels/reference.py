@@ -1,0 +1,40 @@
+"""The formula itself, written out: in float64 the yardstick of tests and ``verify``, in float32 the GPU's exact path."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cqsa_stream.masks import TileMask
+
+__all__ = ["PlainKernel"]
+
+
+class PlainKernel:
+    """softmax(q k^T scale) v by plain matrix products in one dtype, without tf32."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+        self.name = f"plain-{str(dtype).removeprefix('torch.')}"
+
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        return self.dtype
+
+    def attend(
+        self,
+        q: Float[Tensor, "heads q d"],
+        k: Float[Tensor, "kv_heads k d"],
+        v: Float[Tensor, "kv_heads k dv"],
+        mask: TileMask,
+        scale: float,
+    ) -> tuple[Float[Tensor, "heads q dv"], Float[Tensor, "heads q"]]:
+        q, k, v = q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
+        grouped = q.unflatten(0, (k.shape[0], -1)).flatten(1, 2)  # the rows of all query heads of one K/V head
+        scores = (grouped * scale) @ k.transpose(1, 2)
+        if mask == "causal":
+            rows = torch.arange(q.shape[1], device=q.device).repeat(q.shape[0] // k.shape[0])
+            unseen = rows[:, None] < torch.arange(k.shape[1], device=q.device)
+            scores.masked_fill_(unseen, -torch.inf)
+        lse = torch.logsumexp(scores, dim=2)
+        weights = scores.sub_(lse[:, :, None]).exp_().nan_to_num_(nan=0.0)  # a row that sees no key: -inf - -inf
+        out = weights @ v
+        return out.reshape(q.shape[0], q.shape[1], -1), lse.reshape(q.shape[:2])

@@ -1,0 +1,39 @@
+"""torch's flash attention for CPU, by the aten operator that returns the log-sum-exp.
+
+16-bit tiles are computed in float32: as fast there, and each tile would otherwise be rounded to 16 bits before merging.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cqsa_stream.masks import TileMask
+
+__all__ = ["TorchCpuKernel"]
+
+
+class TorchCpuKernel:
+    """float32 tiles on the CPU."""
+
+    name = "torch-cpu"
+
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def attend(
+        self,
+        q: Float[Tensor, "heads q d"],
+        k: Float[Tensor, "kv_heads k d"],
+        v: Float[Tensor, "kv_heads k dv"],
+        mask: TileMask,
+        scale: float,
+    ) -> tuple[Float[Tensor, "heads q dv"], Float[Tensor, "heads q"]]:
+        if k.shape[1] == 0:
+            return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf)
+        width, value_dim = max(q.shape[2], v.shape[2]), v.shape[2]  # the operator refuses dv != d: pad with zeros
+        q, k, v = (x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[None], k[None], v[None], 0.0, mask == "causal", scale=scale
+        )
+        return out[0, :, :, :value_dim], lse[0]

@@ -1,0 +1,131 @@
+"""From a problem, its arrays and a device to a plan."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from cqsa_stream.errors import BudgetError, InputError
+from cqsa_stream.kernels import kernel_for
+from cqsa_stream.machine import choose_device, describe, parse_size
+from cqsa_stream.problem import Problem, dtype_bytes
+from cqsa_stream.schedulers.costs import Stored
+from cqsa_stream.schedulers.grid import Grid
+from cqsa_stream.schedulers.memory import Workload
+from cqsa_stream.schedulers.planner import Plan, Request, make_plan
+from cqsa_stream.storage.arrays import TokenArray
+
+__all__ = ["Options", "plan_run", "refuse_over_budget"]
+
+SCHEDULES = ("auto", "cqs", "rectangular")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what: none of it changes the result beyond rounding. None: not named by the user."""
+
+    device: str | None = None
+    device_memory: int | str | None = None
+    host_memory: int | str | None = None
+    schedule: str | None = None
+    chunks: int | None = None
+    checkpoint_every_s: float | None = None
+    max_seconds: float | None = None
+
+    def check(self) -> None:
+        """Raises InputError where a value cannot be."""
+        if self.schedule is not None and self.schedule not in SCHEDULES:
+            raise InputError(f"schedule {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+        for name in ("checkpoint_every_s", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"{name} {value}; expected seconds, at least 0")
+        for name in ("device_memory", "host_memory"):
+            parse_size(getattr(self, name), name)
+
+
+def plan_run(
+    problem: Problem,
+    arrays: dict[str, TokenArray],
+    options: Options,
+    *,
+    durable: bool,
+    grid: Grid | None = None,
+    out_tokens: int | None = None,
+) -> tuple[Plan, torch.device]:
+    """Return the plan, over budget or not, and the device it is for. Raises InputError."""
+    options.check()
+    device = choose_device(options.device or "auto")
+    machine = describe(
+        device,
+        problem,
+        parse_size(options.device_memory, "device_memory"),
+        parse_size(options.host_memory, "host_memory"),
+    )
+    request = Request(
+        work=_workload(problem, arrays, device, durable=durable),
+        queries=problem.queries,
+        keys=problem.keys,
+        first_query=problem.first_query,
+        same_positions=problem.same_positions,
+        keys_seen=problem.mask.keys_seen,
+        arrays=(
+            _stored(arrays["query"], problem.group),
+            _stored(arrays["key"], 1),
+            _stored(arrays["value"], 1),
+        ),
+        schedule=options.schedule or "auto",
+        chunks=options.chunks,
+        grid=grid,
+        out_tokens=out_tokens,
+    )
+    try:
+        return make_plan(request, machine), device
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def refuse_over_budget(plan: Plan) -> None:
+    """Raise BudgetError where the plan does not fit, naming what would."""
+    if plan.fits:
+        return
+    smallest = min(plan.candidates, key=lambda p: p.footprint.host_bytes + p.footprint.device_bytes).footprint
+    host, device = -(-smallest.host_bytes // 2**20), -(-smallest.device_bytes // 2**20)
+    lines = [f"no plan fits: host memory {plan.host_allowed_bytes / 2**20:.1f} MiB allowed; the smallest that would do: "
+             f"--host-memory {host}MiB"]  # fmt: skip
+    if plan.device_allowed_bytes is not None:
+        lines.append(f"device memory {plan.device_allowed_bytes / 2**20:.1f} MiB allowed; --device-memory {device}MiB")
+    if smallest.host["output"]:
+        lines.append("the output stays in memory: name a path for it (out) to need less")
+    raise BudgetError("; ".join(lines))
+
+
+def _workload(problem: Problem, arrays: dict[str, TokenArray], device: torch.device, *, durable: bool) -> Workload:
+    stored = getattr(torch, problem.dtype)
+    out_itemsize = dtype_bytes(problem.out_dtype)
+    return Workload(
+        lanes=problem.lanes,
+        group=problem.group,
+        head_dim=problem.head_dim,
+        value_dim=problem.value_dim,
+        stored_itemsize=dtype_bytes(problem.dtype),
+        compute_itemsize=kernel_for(device, stored).compute_dtype(stored).itemsize,
+        out_itemsize=out_itemsize,
+        flops=problem.flops,
+        staging_bytes=max(array.staging_bytes for array in arrays.values()),
+        durable=durable,
+        resident_output_bytes=0
+        if durable
+        else math.prod(problem.out_shape) * out_itemsize + 4 * math.prod(problem.out_shape[:3]),
+    )
+
+
+def _stored(array: TokenArray, heads: int) -> Stored:
+    """Describe what reading ``heads`` neighbouring heads fetches: chunks that hold other heads too come whole."""
+    batch_chunk, head_chunk, token_chunk, _ = array.stored_chunk
+    return Stored(
+        axis_tokens=array.shape[2],
+        chunk_tokens=token_chunk,
+        heads_fetched=-(-heads // head_chunk) * head_chunk * batch_chunk,
+        row_bytes=array.shape[3] * dtype_bytes(array.dtype),
+    )

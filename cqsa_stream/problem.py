@@ -1,0 +1,159 @@
+"""The problem: what is to be computed, checked before anything runs."""
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from cqsa_stream.errors import InputError
+from cqsa_stream.masks import Mask, mask_of
+
+__all__ = ["DTYPES", "Problem", "dtype_bytes"]
+
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Return the bytes of one number."""
+    return DTYPES[dtype]
+
+
+class Described(Protocol):
+    """What the problem needs to know of an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Attention of ``[batch, heads, query_tokens, head_dim]`` over ``[batch, kv_heads, keys, ...]``.
+
+    ``first_query`` and ``queries`` name the computed slice of the query rows; the output has ``queries`` rows. Row i of
+    the slice stands at position ``q_start + first_query + i``. A lane is one (batch, K/V head); the ``group`` query
+    heads that share it ride together.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    query_tokens: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    out_dtype: str
+    scale: float
+    causal: bool
+    q_start: int
+    first_query: int
+    queries: int
+
+    @classmethod
+    def of(
+        cls,
+        query: Described,
+        key: Described,
+        value: Described,
+        *,
+        scale: float | None = None,
+        causal: bool = False,
+        q_start: int = 0,
+        queries: tuple[int, int] | None = None,
+        out_dtype: str | None = None,
+    ) -> "Problem":
+        """Check that the arrays and the options fit together. Raises InputError saying what was found and expected."""
+        for name, array in (("query", query), ("key", key), ("value", value)):
+            if len(array.shape) != 4:
+                raise InputError(f"{name}: shape {array.shape}; expected 4 axes [batch, head, token, feature]")
+            if array.dtype not in DTYPES:
+                raise InputError(f"{name}: dtype {array.dtype}; expected one of {', '.join(DTYPES)}")
+            if 0 in array.shape:
+                raise InputError(f"{name}: shape {array.shape} has an axis of length 0; expected at least 1 of each")
+        if not query.dtype == key.dtype == value.dtype:
+            found = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
+            raise InputError(f"mixed dtypes: {found}; expected one dtype, convert the arrays to one")
+        if out_dtype is not None and out_dtype not in DTYPES:
+            raise InputError(f"output dtype {out_dtype!r}; expected one of {', '.join(DTYPES)}")
+        (batch, heads, query_tokens, head_dim), (_, kv_heads, keys, _), value_dim = (
+            query.shape,
+            key.shape,
+            value.shape[3],
+        )
+        if key.shape[0] != batch or value.shape[0] != batch:
+            found = f"query {batch}, key {key.shape[0]}, value {value.shape[0]}"
+            raise InputError(f"batch sizes differ: {found}; expected the same")
+        if key.shape[1:3] != value.shape[1:3]:
+            raise InputError(
+                f"key has (heads, tokens) {key.shape[1:3]}, value {value.shape[1:3]}; expected the same of both"
+            )
+        if key.shape[3] != head_dim:
+            raise InputError(f"query has head dim {head_dim}, key {key.shape[3]}; expected the same")
+        if max(head_dim, value_dim) > 256:
+            raise InputError(f"head dims {head_dim} and {value_dim} (value); expected at most 256")
+        if heads % kv_heads:
+            raise InputError(f"{heads} query heads over {kv_heads} key/value heads; expected a multiple")
+        if scale is not None and not math.isfinite(scale):
+            raise InputError(f"scale {scale}; expected a finite number")
+        first, stop = (0, query_tokens) if queries is None else queries
+        if not 0 <= first < stop <= query_tokens:
+            raise InputError(f"queries {first}:{stop}; expected 0 <= A < B <= {query_tokens} (the query tokens)")
+        return cls(
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            query_tokens=query_tokens,
+            keys=keys,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            dtype=query.dtype,
+            out_dtype=out_dtype or query.dtype,
+            scale=head_dim**-0.5 if scale is None else float(scale),
+            causal=causal,
+            q_start=q_start,
+            first_query=first,
+            queries=stop - first,
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads for each key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def lanes(self) -> int:
+        return self.batch * self.kv_heads
+
+    def lane_heads(self, lane: int) -> tuple[int, range, range]:
+        """Return (batch, query heads, key/value heads) of a lane."""
+        batch, head = divmod(lane, self.kv_heads)
+        return batch, range(head * self.group, (head + 1) * self.group), range(head, head + 1)
+
+    @property
+    def same_positions(self) -> bool:
+        """Whether queries and keys are the same positions of one sequence."""
+        return self.queries == self.query_tokens == self.keys and self.q_start == 0
+
+    @cached_property
+    def mask(self) -> Mask:
+        """The mask over (computed query rows, keys)."""
+        return mask_of(self.causal, self.keys, self.q_start + self.first_query)
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.heads, self.queries, self.value_dim)
+
+    @cached_property
+    def flops(self) -> int:
+        """Floating-point operations of all lanes: 2 (head_dim + value_dim) for each visible score."""
+        scores = self.mask.scores(range(self.queries), range(self.keys))
+        return 2 * (self.head_dim + self.value_dim) * scores * self.heads * self.batch
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Problem":
+        return cls(**fields)

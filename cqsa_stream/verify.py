@@ -1,0 +1,165 @@
+"""Checking a run against float64: sampled rows of what is finished, computed anew from the inputs."""
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cqsa_stream.problem import Problem
+from cqsa_stream.schedulers.grid import Axis
+from cqsa_stream.storage.arrays import TokenArray
+from cqsa_stream.storage.raw import numpy_dtype
+
+__all__ = ["Verification", "verify_rows"]
+
+_BLOCK_TOKENS = 4_096
+_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Errors of the sampled rows, each ‖out - ref‖ / ‖ref‖ over the features.
+
+    A row may err by two roundings to the output dtype, and by the rounding of float32 scores and sums: 2^-23 times
+    (8 + the largest |score|), times how much the terms of its sum cancel. Where 16-bit tiles come rounded from a
+    GPU kernel, two more roundings to the input dtype. ``tolerance`` is the largest bound of a sampled row.
+    """
+
+    rows: int
+    max_relative_error: float
+    mean_relative_error: float
+    tolerance: float
+    lse_max_abs_error: float
+    ok: bool
+
+
+@dataclass
+class _Reference:
+    """Online softmax in float64: ``out`` normalised at the end; ``size`` is the sum of the terms' magnitudes."""
+
+    out: Tensor
+    size: Tensor
+    total: Tensor
+    highest: Tensor
+    largest: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, value_dim: int) -> "_Reference":
+        zeros = torch.zeros(rows, value_dim, dtype=torch.float64)
+        none = torch.zeros(rows, dtype=torch.float64)
+        return cls(zeros, zeros.clone(), none, torch.full_like(none, -torch.inf), none.clone())
+
+    def add(self, scores: Tensor, values: Tensor) -> None:
+        highest = torch.maximum(self.highest, scores.amax(1))
+        kept = torch.exp(self.highest - highest).nan_to_num_(nan=0.0)
+        weights = torch.exp(scores - highest[:, None]).nan_to_num_(nan=0.0)
+        self.out = self.out * kept[:, None] + weights @ values
+        self.size = self.size * kept[:, None] + weights @ values.abs()
+        self.total = self.total * kept + weights.sum(1)
+        self.highest = highest
+        self.largest = torch.maximum(self.largest, scores.abs().masked_fill(scores.isinf(), 0.0).amax(1))
+
+    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (out, lse, cancellation)."""
+        seen = self.total > 0
+        out = torch.where(seen[:, None], self.out / self.total[:, None], 0.0)
+        size = torch.where(seen[:, None], self.size / self.total[:, None], 0.0)
+        lse = torch.where(seen, self.highest + self.total.log(), -torch.inf)
+        cancellation = size.norm(dim=1) / out.norm(dim=1).clamp_min(1e-300)
+        return out, lse, torch.where(seen, cancellation, 1.0)
+
+
+def verify_rows(
+    problem: Problem,
+    arrays: dict[str, TokenArray],
+    out: TokenArray,
+    lse: np.ndarray,
+    finished: list[set[int]],
+    axis: Axis,
+    rows: int,
+    seed: int,
+    *,
+    rounded_tiles: bool,
+) -> Verification:
+    """Compute ``rows`` sampled rows of the finished row chunks anew. ``lse [batch, head, row]`` may be lazily read."""
+    errors, bounds, lse_errors, lse_scale = [], [], [0.0], 1.0
+    for lane, chosen in _sample(problem, finished, axis, rows, seed).items():
+        reference = _reference(problem, arrays, lane, chosen)
+        expected, expected_lse, cancellation = reference.finished()
+        batch, heads, _ = problem.lane_heads(lane)
+        for index, (head, row) in enumerate(chosen):
+            found = _read(out, batch, heads[head], range(row, row + 1))[0]
+            norm = float(expected[index].norm())
+            errors.append(float((found - expected[index]).norm()) / (norm or 1.0))
+            steps = 2 * _ROUNDOFF[problem.out_dtype] + (2 * _ROUNDOFF[problem.dtype] if rounded_tiles else 0.0)
+            scores = 2.0**-23 * (8.0 + float(reference.largest[index]))
+            bounds.append(steps + (scores + (2 * _ROUNDOFF[problem.dtype] if rounded_tiles else 0.0))
+                          * float(cancellation[index]))  # fmt: skip
+            stored, wanted = float(lse[batch, heads[head], row]), float(expected_lse[index])
+            if stored != wanted:  # two -inf are equal
+                lse_errors.append(abs(stored - wanted))
+                lse_scale = max(lse_scale, abs(wanted))
+    worst_lse = max(lse_errors) if not any(e != e for e in lse_errors) else float("nan")
+    lse_bound = (1e-5 if problem.dtype == "float32" else 1e-3) * lse_scale
+    ok = all(e <= b for e, b in zip(errors, bounds, strict=True)) and worst_lse <= lse_bound
+    count = len(errors)
+    return Verification(
+        rows=count,
+        max_relative_error=max(errors, default=0.0),
+        mean_relative_error=sum(errors) / max(1, count),
+        tolerance=max(bounds, default=0.0),
+        lse_max_abs_error=worst_lse,
+        ok=ok,
+    )
+
+
+def _sample(
+    problem: Problem, finished: list[set[int]], axis: Axis, rows: int, seed: int
+) -> dict[int, list[tuple[int, int]]]:
+    """Return, by lane, (head within the group, query row) of rows drawn evenly from what is finished."""
+    spans = [(lane, axis.span(chunk)) for lane, chunks in enumerate(finished) for chunk in sorted(chunks)]
+    total = sum(len(span) for _, span in spans) * problem.group
+    drawn = sorted(random.Random(seed).sample(range(total), min(rows, total)))
+    chosen: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    start = 0
+    remaining = iter([*drawn, None])
+    number = next(remaining)
+    for lane, span in spans:
+        stop = start + len(span) * problem.group
+        while number is not None and number < stop:
+            head, offset = divmod(number - start, len(span))
+            chosen[lane].append((head, span.start + offset))
+            number = next(remaining)
+        start = stop
+    return chosen
+
+
+def _reference(
+    problem: Problem, arrays: dict[str, TokenArray], lane: int, chosen: list[tuple[int, int]]
+) -> _Reference:
+    batch, heads, (kv_head, *_) = problem.lane_heads(lane)
+    first = problem.first_query
+    queries = torch.cat(
+        [_read(arrays["query"], batch, heads[h], range(row + first, row + first + 1)) for h, row in chosen]
+    )
+    seen = [problem.mask.seen_by(row) for _, row in chosen]
+    starts = torch.tensor([span.start for span in seen])[:, None]
+    stops = torch.tensor([span.stop for span in seen])[:, None]
+    reference = _Reference.empty(len(chosen), problem.value_dim)
+    for start in range(0, max(span.stop for span in seen), _BLOCK_TOKENS):
+        tokens = range(start, min(start + _BLOCK_TOKENS, problem.keys))
+        keys, values = (_read(arrays[name], batch, kv_head, tokens) for name in ("key", "value"))
+        position = torch.arange(tokens.start, tokens.stop)
+        scores = (queries * problem.scale) @ keys.T
+        scores.masked_fill_((position < starts) | (position >= stops), -torch.inf)
+        reference.add(scores, values)
+    return reference
+
+
+def _read(array: TokenArray, batch: int, head: int, tokens: range) -> Tensor:
+    buffer = np.empty((1, len(tokens), array.shape[3]), numpy_dtype(array.dtype))
+    array.read_into(batch, range(head, head + 1), tokens, buffer)
+    return torch.from_numpy(buffer[0].astype(np.float64))

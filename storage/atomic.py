@@ -1,0 +1,61 @@
+"""Replacing a file in one step that survives a power cut: write beside it, fsync, rename, fsync the directory."""
+
+import errno
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cqsa_stream.storage.errors import FullDiskError
+
+__all__ = ["TEMPORARY", "make_directory", "replace_file", "sync_directory"]
+
+TEMPORARY = ".tmp"
+
+
+def replace_file(path: Path, parts: Sequence[Any]) -> None:
+    """Make ``parts`` (buffers) the content of the file: it is seen whole or not at all. Raises OSError.
+
+    A full disk raises FullDiskError, the old content being untouched.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                while view:
+                    view = view[os.write(file, view) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            size = sum(memoryview(part).nbytes for part in parts)
+            raise FullDiskError(error.errno, f"disk full; {size} bytes more are needed for", str(path)) from error
+        raise
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory, its parents and their entries, durably."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory's entries durable."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,42 @@
+"""Fingerprints: a cheap word for an array's identity, from its shape, dtype and a sample of its content."""
+
+import hashlib
+import random
+
+import numpy as np
+
+from cqsa_stream.storage.arrays import TokenArray
+from cqsa_stream.storage.raw import numpy_dtype
+
+__all__ = ["fingerprint"]
+
+_SAMPLES = 18
+_CELL_BYTES = 1 << 20
+
+
+def fingerprint(array: TokenArray) -> str:
+    """Hash shape, dtype and 18 cells of at most 1 MiB: the first, the last and 16 at random; all, where there are less.
+
+    The cells are whole stored chunks where these are small enough. Raises ArrayError where one cannot be read.
+    """
+    batch, heads, tokens, features = array.shape
+    row_bytes = features * numpy_dtype(array.dtype).itemsize
+    step = min(tokens, max(1, _CELL_BYTES // row_bytes))
+    pieces = -(-tokens // step)
+    digest = hashlib.blake2b(f"{array.shape} {array.dtype}".encode(), digest_size=16)
+    buffer = np.empty((1, step, features), numpy_dtype(array.dtype))
+    for cell in _sample(batch * heads * pieces):
+        lane, piece = divmod(cell, pieces)
+        span = range(piece * step, min((piece + 1) * step, tokens))
+        head = lane % heads
+        place = buffer[:, : len(span)]
+        array.read_into(lane // heads, range(head, head + 1), span, place)
+        digest.update(memoryview(place.reshape(-1).view(np.uint8)))
+    return digest.hexdigest()
+
+
+def _sample(cells: int) -> list[int]:
+    if cells <= _SAMPLES:
+        return list(range(cells))
+    inner = random.Random(cells).sample(range(1, cells - 1), _SAMPLES - 2)
+    return [0, *sorted(inner), cells - 1]

@@ -1,0 +1,43 @@
+"""Arrays that are already in memory: numpy arrays and torch tensors."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cqsa_stream.storage.errors import ArrayError
+
+__all__ = ["MemoryArray"]
+
+
+class MemoryArray:
+    """A numpy array, memory-mapped or not, as a token array."""
+
+    source = "memory"
+    staging_bytes = 0
+
+    def __init__(self, values: np.ndarray) -> None:
+        if not values.dtype.isnative:
+            raise ArrayError(f"a numpy array of dtype {values.dtype.str}; expected the machine's own byte order")
+        self.values = values
+        self.shape = values.shape
+        self.dtype = values.dtype.name
+        self.stored_chunk = (1, 1, 1, values.shape[-1] if values.ndim else 1)
+        self.bytes_read = 0
+
+    @classmethod
+    def of_tensor(cls, tensor: Any) -> "MemoryArray":
+        """Take a torch tensor, without a copy where it is on the CPU; bfloat16 becomes ml_dtypes' type of that name."""
+        import torch
+
+        host = tensor.detach().cpu()
+        if host.dtype == torch.bfloat16:
+            return cls(host.view(torch.uint16).numpy().view(ml_dtypes.bfloat16))
+        return cls(host.numpy())
+
+    def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
+        np.copyto(buffer, self.values[batch, heads.start : heads.stop, tokens.start : tokens.stop])
+        self.bytes_read += buffer.nbytes
+
+    def check(self) -> None:
+        """Nothing is stored, nothing can be missing."""
