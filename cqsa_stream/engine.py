@@ -156,10 +156,11 @@ class Engine:
         for call in self.problem.mask.calls(span, tokens, self.tile):
             rows = slice(call.rows.start - span.start, call.rows.stop - span.start)
             columns = slice(call.columns.start - tokens.start, call.columns.stop - tokens.start)
-            out, lse = self.job.kernel.attend(
+            tile = self.job.kernel.attend(
                 queries[:, rows], key[:, columns], value[:, columns], call.mask, self.problem.scale
             )
-            fold(partial.out[:, rows], partial.lse[:, rows], out, lse)
+            fold(partial.out[:, rows], partial.lse[:, rows], *tile)
+            del tile  # before the next call makes its own
 
     def _finish_complete(self, held: HeldRows, lane: int) -> None:
         """Finish rows that need nothing more: those that see no key, and those stored complete but not yet finished."""

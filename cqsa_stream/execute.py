@@ -11,6 +11,7 @@ from pathlib import Path
 import tensorstore as ts
 import torch
 
+from cqsa_stream.allocator import returning_freed_memory
 from cqsa_stream.engine import Engine, Job
 from cqsa_stream.errors import InputError, MismatchError
 from cqsa_stream.events import Ended, Observer, Started
@@ -140,7 +141,7 @@ class _Session:
         """Run the engine between the events that open and close a session."""
         meter = Meter(self.problem, self.plan.grid, self.arrays, self.store, self.sink, self.device, self.host)
         every = self.options.checkpoint_every_s
-        with Stopper(self.options.max_seconds, signals) as stop, _on(self.device):
+        with Stopper(self.options.max_seconds, signals) as stop, _on(self.device), returning_freed_memory():
             engine = Engine(
                 Job(
                     problem=self.problem,

@@ -13,10 +13,11 @@ from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.costs import Rates
 from cqsa_stream.schedulers.planner import Machine
 
-__all__ = ["HOST_RESERVED_BYTES", "choose_device", "describe", "parse_size"]
+__all__ = ["choose_device", "describe", "parse_size"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-HOST_RESERVED_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}  # libraries' own: threads, code pages, handles
+_HOST_RESERVED_BYTES = {"cpu": 18 << 20, "cuda": 1 << 30}  # libraries' own: code pages, stacks, handles; measured
+_THREAD_BYTES = 1 << 20  # a kernel's scratch for each compute thread
 _DEVICE_RESERVED_BYTES = 64 << 20
 _FREE_SHARE = 0.8
 
@@ -59,10 +60,11 @@ def describe(device: torch.device, problem: Problem, device_memory: int | None, 
     flops = _measured_flops(str(device), problem.dtype, problem.head_dim, problem.value_dim)
     rates = Rates(flops, read_bytes_per_s=1e9, write_bytes_per_s=5e8, commit_s=0.02, call_s=1e-4)
     host = int(psutil.virtual_memory().available * _FREE_SHARE) if host_memory is None else host_memory
+    reserved = _HOST_RESERVED_BYTES[device.type] + _THREAD_BYTES * torch.get_num_threads()
     if device.type == "cpu":
         return Machine(
             device="cpu", device_allowed_bytes=None, host_allowed_bytes=host, device_reserved_bytes=0,
-            host_reserved_bytes=HOST_RESERVED_BYTES["cpu"], rates=rates, tile_rows=16_384, tile_columns=2_048,
+            host_reserved_bytes=reserved, rates=rates, tile_rows=16_384, tile_columns=4_096,
             leaf=1_024, block_tokens=8_192, column_tokens=16_384, step_flops=2e11,
         )  # fmt: skip
     if device_memory is None:
@@ -70,7 +72,7 @@ def describe(device: torch.device, problem: Problem, device_memory: int | None, 
     plain = dtype == torch.float32  # its scores are written out: small tiles
     return Machine(
         device="cuda", device_allowed_bytes=device_memory, host_allowed_bytes=host,
-        device_reserved_bytes=_DEVICE_RESERVED_BYTES, host_reserved_bytes=HOST_RESERVED_BYTES["cuda"], rates=rates,
+        device_reserved_bytes=_DEVICE_RESERVED_BYTES, host_reserved_bytes=reserved, rates=rates,
         tile_rows=2_048 if plain else 65_536, tile_columns=2_048 if plain else 65_536,
         leaf=2_048 if plain else 65_536, block_tokens=65_536, column_tokens=131_072, step_flops=1e13 if plain else 1e15,
     )  # fmt: skip
