@@ -1,0 +1,84 @@
+"""Exactness end to end: the engine against float64, beside torch's own in-core kernel on the same inputs."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import cqsa_stream as cqsa
+from tests.reference import dense, error, inputs
+
+KINDS = ("normal", "uniform", "peaked", "sink", "early keys unseen")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_worse_than_the_in_core_kernel(dtype: torch.dtype, causal: bool, kv_heads: int, schedule: str) -> None:
+    for kind in KINDS:
+        q, k, v = inputs(kind, dtype, 2, kv_heads, 1500, 64)
+        expected, expected_lse = dense(q, k, v, causal=causal)
+        in_core = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=kv_heads != 2)
+        out, lse = cqsa.attention(
+            q, k, v, is_causal=causal, enable_gqa=True, schedule=schedule, chunks=13, return_lse=True
+        )
+        assert out.dtype == dtype
+        assert torch.isfinite(out).all(), kind
+        assert torch.isfinite(lse).all(), kind
+        allowed = 1.10 * error(in_core, expected)
+        allowed = max(allowed, 2e-6) if dtype == torch.float32 else allowed
+        assert error(out, expected) <= allowed, kind
+        step = 1e-5 if dtype == torch.float32 else 1e-3
+        assert (lse.double() - expected_lse).abs().max() <= step * max(1.0, float(expected_lse.abs().max())), kind
+
+
+SHAPES = [
+    # batch, heads, kv_heads, queries, keys, dim, value_dim, q_start, rows
+    (1, 1, 1, 1, 1, 8, 8, 0, None),
+    (1, 1, 1, 2, 2, 64, 64, 0, None),
+    (2, 4, 2, 97, 97, 32, 32, 0, None),
+    (1, 3, 1, 40, 333, 64, 64, 293, None),
+    (2, 2, 2, 333, 40, 16, 16, 0, None),
+    (1, 2, 1, 64, 300, 64, 64, -20, None),
+    (1, 4, 4, 500, 500, 24, 40, 0, None),
+    (1, 2, 2, 500, 500, 128, 64, 0, (123, 456)),
+    (1, 1, 1, 300, 300, 256, 256, 0, (299, 300)),
+    (1, 2, 1, 260, 260, 12, 12, 7, (5, 200)),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_shapes(shape: tuple[int, ...], causal: bool) -> None:
+    batch, heads, kv_heads, queries, keys, dim, value_dim, q_start, rows = shape
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(batch, heads, queries, dim, generator=generator)
+    k = torch.randn(batch, kv_heads, keys, dim, generator=generator)
+    v = torch.randn(batch, kv_heads, keys, value_dim, generator=generator)
+    expected, expected_lse = dense(q, k, v, causal=causal, q_start=q_start)
+    part = slice(*rows) if rows else slice(None)  # type: ignore[misc]
+    out, lse = cqsa.attention(
+        q, k, v, is_causal=causal, enable_gqa=True, q_start=q_start, queries=rows, return_lse=True, scale=None
+    )
+    assert out.shape == (batch, heads, *expected[:, :, part].shape[2:])
+    torch.testing.assert_close(out.double(), expected[:, :, part], rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(lse.double(), expected_lse[:, :, part], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), list(itertools.product(["cqs", "rectangular"], [7, 57, 307])))
+def test_every_grid_gives_the_same(schedule: str, chunks: int) -> None:
+    q, k, v = inputs("normal", torch.float32, 2, 1, 100, 16)
+    expected, _ = dense(q, k, v, causal=True, scale=0.3)
+    out = cqsa.attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3, schedule=schedule, chunks=chunks)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_numpy_inputs_are_taken_as_they_are() -> None:
+    q, k, v = inputs("normal", torch.float16, 1, 1, 50, 8)
+    expected = cqsa.attention(q, k, v)
+    found = cqsa.attention(*(np.ascontiguousarray(x.numpy()) for x in (q, k, v)))
+    assert torch.equal(found, expected)

@@ -1,0 +1,76 @@
+"""The contract that every kernel passes. A new one is a line in KERNELS."""
+
+import itertools
+
+import pytest
+import torch
+
+from cqsa_stream.kernels import Kernel
+from cqsa_stream.kernels.reference import PlainKernel
+from cqsa_stream.kernels.torch_cpu import TorchCpuKernel
+from cqsa_stream.kernels.torch_cuda import TorchCudaKernel
+from cqsa_stream.masks import TileMask
+from tests.reference import dense
+
+GPU = pytest.param(
+    TorchCudaKernel(), "cuda", torch.float16, 3e-3, 2e-3, marks=pytest.mark.gpu, id="torch-cuda"
+)
+PLAIN_GPU = pytest.param(
+    PlainKernel(torch.float32), "cuda", torch.float32, 2e-6, 1e-5, marks=pytest.mark.gpu, id="plain-cuda"
+)
+KERNELS = [
+    pytest.param(TorchCpuKernel(), "cpu", torch.float32, 2e-6, 1e-5, id="torch-cpu"),
+    pytest.param(PlainKernel(torch.float64), "cpu", torch.float64, 1e-14, 1e-13, id="plain-float64"),
+    pytest.param(PlainKernel(torch.float32), "cpu", torch.float32, 2e-6, 1e-5, id="plain-float32"),
+    GPU,
+    PLAIN_GPU,
+]
+DIMS = [(8, 8), (12, 12), (64, 64), (80, 80), (64, 128), (128, 64), (256, 256)]
+
+
+@pytest.mark.parametrize(("kernel", "device", "dtype", "tolerance", "lse_tolerance"), KERNELS)
+@pytest.mark.parametrize(("dim", "value_dim"), DIMS)
+def test_contract(
+    kernel: Kernel, device: str, dtype: torch.dtype, tolerance: float, lse_tolerance: float, dim: int, value_dim: int
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    generator = torch.Generator().manual_seed(dim)
+    masks: tuple[TileMask, ...] = ("full", "causal")
+    for (heads, kv_heads), (rows, columns), mask in itertools.product(
+        [(1, 1), (4, 2), (3, 1)], [(1, 1), (5, 9), (9, 5), (130, 257)], masks
+    ):
+        q = torch.randn(heads, rows, dim, generator=generator).to(device, dtype)
+        k = torch.randn(kv_heads, columns, dim, generator=generator).to(device, dtype)
+        v = torch.randn(kv_heads, columns, value_dim, generator=generator).to(device, dtype)
+        scale = dim**-0.5
+        out, lse = kernel.attend(q, k, v, mask, scale)
+        expected, expected_lse = dense(q[None].cpu(), k[None].cpu(), v[None].cpu(), causal=mask == "causal", scale=scale)
+        assert out.shape == (heads, rows, value_dim)
+        assert lse.shape == (heads, rows)
+        assert float((out.cpu().double() - expected[0]).norm() / expected.norm()) <= tolerance
+        torch.testing.assert_close(lse.cpu().double(), expected_lse[0], rtol=lse_tolerance, atol=lse_tolerance)
+
+
+@pytest.mark.parametrize(("kernel", "device", "dtype", "tolerance", "lse_tolerance"), KERNELS)
+def test_a_row_without_keys_is_the_identity(
+    kernel: Kernel, device: str, dtype: torch.dtype, tolerance: float, lse_tolerance: float
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    q, none = torch.randn(2, 3, 8, device=device, dtype=dtype), torch.empty(1, 0, 8, device=device, dtype=dtype)
+    out, lse = kernel.attend(q, none, none, "full", 1.0)
+    assert torch.equal(out.cpu(), torch.zeros_like(out, device="cpu"))
+    assert torch.equal(lse.cpu(), torch.full_like(lse, -torch.inf, device="cpu"))
+
+
+@pytest.mark.parametrize(("kernel", "device", "dtype", "tolerance", "lse_tolerance"), KERNELS)
+def test_the_same_call_gives_the_same_bits(
+    kernel: Kernel, device: str, dtype: torch.dtype, tolerance: float, lse_tolerance: float
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    q, k, v = (torch.randn(2, 300, 64, device=device, dtype=dtype) for _ in range(3))
+    first, second = (kernel.attend(q, k, v, "causal", 0.125) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
