@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorstore as ts
 import torch
 
@@ -51,8 +50,8 @@ def attention(
     """Compute exact attention of arrays that need not fit in memory; the arguments are those of torch's SDPA, and more.
 
     ``query [batch, heads, query_tokens, head_dim]``, ``key [batch, kv_heads, keys, head_dim]`` and ``value [batch,
-    kv_heads, keys, value_dim]``, each a path or URL, a ``zarr.Array``, a ``tensorstore.TensorStore``, a numpy array or a
-    torch tensor, of float32, float16 or bfloat16. Fewer K/V than query heads need ``enable_gqa``.
+    kv_heads, keys, value_dim]``, each a path or URL, a ``zarr.Array``, a ``tensorstore.TensorStore``, a numpy array or
+    a torch tensor, of float32, float16 or bfloat16. Fewer K/V than query heads need ``enable_gqa``.
 
     ``is_causal`` aligns by position: query row i stands at ``q_start + i`` and sees the keys up to its own position.
     ``queries=(a, b)`` computes only those rows. ``scale``: 1 / sqrt(head_dim) where None.
@@ -62,8 +61,8 @@ def attention(
     ``tensorstore.TensorStore`` is returned. ``return_lse`` returns (output, lse [batch, heads, rows] float32).
 
     ``device_memory``, ``host_memory``: bytes or "4GiB"; None takes 80 % of what is free, or what the run's last session
-    had. ``schedule``: "auto", "cqs" or "rectangular". ``chunks``: c, a Singer number where queries and keys are the same
-    positions. ``observers`` are called with each event (``cqsa_stream.events``).
+    had. ``schedule``: "auto", "cqs" or "rectangular". ``chunks``: c, a Singer number where queries and keys are the
+    same positions. ``observers`` are called with each event (``cqsa_stream.events``).
 
     Raises InputError, BudgetError, LockedError, MismatchError or ArrayError, and RunStopped at ``max_seconds``.
     """
@@ -164,7 +163,7 @@ class Run:
         rows_total = problem.lanes * sum(1 for a in range(grid.rows.chunks) if grid.rows.span(a))
         rows_done = sum(map(len, finished))
         sessions = _sessions(self.directory.events())
-        last = {**(sessions[-1] if sessions else {}), **self.directory.session()}
+        last: dict[str, Any] = {**(sessions[-1] if sessions else {}), **self.directory.session()}
         plan = last.get("plan", {})
         complete = rows_done == rows_total
         return {
@@ -213,13 +212,14 @@ class Run:
         finished = [{row for row, cover in store.covers(lane) if cover is None} for lane in range(problem.lanes)]
         if not any(finished):
             raise InputError(f"{self.directory.path}: no row is finished yet; resume the run first")
-        last = next((e for e in reversed(self.directory.events()) if e.get("event") == "started"), {})
+        last: dict[str, Any] = next((e for e in reversed(self.directory.events()) if e.get("event") == "started"), {})
+        lse = self.lse()
         on_cuda = "cuda" in str(last.get("options", {}).get("device"))
         return verify_rows(
             problem,
             self._inputs(),
             open_array(self.directory.output_path(self.manifest)),
-            _Lazy(self.lse()),
+            lambda batch, head, row: float(lse[batch, head, row].read().result()),
             finished,
             self.manifest.rows,
             rows,
@@ -242,17 +242,6 @@ class Run:
         return open_inputs(sources["query"], sources["key"], sources["value"], fill_missing=self.manifest.fill_missing)
 
 
-class _Lazy:
-    """Reads single numbers of a TensorStore."""
-
-    def __init__(self, store: ts.TensorStore) -> None:
-        self._store = store
-
-    def __getitem__(self, index: tuple[int, int, int]) -> np.ndarray:
-        values: np.ndarray = self._store[index].read().result()
-        return values
-
-
 def _sessions(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each session, its plan and the latest figures it logged."""
     sessions: list[dict[str, Any]] = []
@@ -269,5 +258,3 @@ def _eta(flops_left: int, last: dict[str, Any]) -> float | None:
     if not last.get("session_flops"):
         return None
     return float(flops_left * last["session_s"] / last["session_flops"])
-
-

@@ -36,11 +36,15 @@ QStart = Annotated[int, typer.Option("--q-start", help="Position of the first qu
 Queries = Annotated[str | None, typer.Option(metavar="A:B", help="Compute only the query rows A to B-1.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:<number>.")]
 DeviceMemory = Annotated[str | None, typer.Option("--device-memory", metavar="SIZE", help='As "4GiB" or "512MiB".')]
-HostMemory = Annotated[str | None, typer.Option("--host-memory", metavar="SIZE", help="80 % of what is free if not given.")]
+HostMemory = Annotated[
+    str | None, typer.Option("--host-memory", metavar="SIZE", help="80 % of what is free if not given.")
+]
 ScheduleName = Annotated[str | None, typer.Option("--schedule", help="auto, cqs or rectangular.")]
 Chunks = Annotated[int | None, typer.Option(help="Number of chunks: 7, 13, 21, 31, 57, ...")]
 FillMissing = Annotated[bool, typer.Option("--fill-missing", help="Read missing stored chunks as the fill value.")]
-OutDtype = Annotated[str | None, typer.Option("--out-dtype", help="float32, float16 or bfloat16; the inputs' if not given.")]
+OutDtype = Annotated[
+    str | None, typer.Option("--out-dtype", help="float32, float16 or bfloat16; the inputs' if not given.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 
@@ -66,7 +70,9 @@ def generate(
     batch: Annotated[int, typer.Option()] = 1,
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     seed: Annotated[int, typer.Option()] = 0,
-    chunk_tokens: Annotated[int | None, typer.Option("--chunk-tokens", help="Tokens of a stored chunk; 4 MiB's worth.")] = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option("--chunk-tokens", help="Tokens of a stored chunk; 4 MiB's worth.")
+    ] = None,
     codec: Annotated[str, typer.Option(help="none, crc32c or zstd.")] = "none",
 ) -> None:
     """Write normally distributed q.zarr, k.zarr and v.zarr into DIR."""
@@ -126,9 +132,13 @@ def run(
     chunks: Chunks = None,
     fill_missing: FillMissing = False,
     out_dtype: OutDtype = None,
-    checkpoint_every: Annotated[float | None, typer.Option("--checkpoint-every", metavar="SECONDS", help="60 if not given.")] = None,
+    checkpoint_every: Annotated[
+        float | None, typer.Option("--checkpoint-every", metavar="SECONDS", help="60 if not given.")
+    ] = None,
     max_seconds: Annotated[float | None, typer.Option("--max-seconds", help="Stop, resumable, after so long.")] = None,
-    lse: Annotated[Path | None, typer.Option(help="Where the log-sum-exp goes; into the run directory if not given.")] = None,
+    lse: Annotated[
+        Path | None, typer.Option(help="Where the log-sum-exp goes; into the run directory if not given.")
+    ] = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="OUT.run if not given.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard the earlier run of OUT and its output.")] = False,
     as_json: AsJson = False,
@@ -141,7 +151,13 @@ def run(
 
     arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype)
     options = Options(
-        device, device_memory, host_memory, schedule, chunks, checkpoint_every_s=checkpoint_every, max_seconds=max_seconds
+        device,
+        device_memory,
+        host_memory,
+        schedule,
+        chunks,
+        checkpoint_every_s=checkpoint_every,
+        max_seconds=max_seconds,
     )
     target = Target.of(
         out, run_dir, lse=None if lse is None else lse.absolute(), fresh=fresh, fill_missing=fill_missing

@@ -1,9 +1,9 @@
 """The engine: the one inner loop that every schedule, device and resume goes through.
 
 For each task: hold the rows' queries and partials on the device, stream the columns' keys and values past them in
-blocks, attend, merge. Between two columns every partial in memory covers whole pairs: there a run can checkpoint, finish
-rows and stop. Which calls a pair takes, and in which order a row meets its columns, depends on the plan alone and not on
-what was done before: a resumed run repeats the same arithmetic bit for bit.
+blocks, attend, merge. Between two columns every partial in memory covers whole pairs: there a run can checkpoint,
+finish rows and stop. Which calls a pair takes, and in which order a row meets its columns, depends on the plan alone
+and not on what was done before: a resumed run repeats the same arithmetic bit for bit.
 """
 
 import time

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Checkpointed", "Event", "Ended", "Figures", "Observer", "Progressed", "Started"]
+__all__ = ["Checkpointed", "Ended", "Event", "Figures", "Observer", "Progressed", "Started"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A session of a run: problem -> plan -> check budgets -> compute -> report. In memory, or durable in a run directory."""
+"""A session of a run: problem -> plan -> check budgets -> compute -> report. In memory or durable."""
 
 import os
 import shutil
@@ -242,7 +242,7 @@ def _inherit(options: Options, directory: RunDirectory) -> Options:
     last = next((e.get("options") for e in reversed(directory.events()) if e.get("event") == "started"), None)
     if not isinstance(last, dict):
         return options
-    names = ("device", "device_memory", "host_memory", "schedule", "checkpoint_every_s")
+    names: tuple[str, ...] = ("device", "device_memory", "host_memory", "schedule", "checkpoint_every_s")
     if options.device is not None and options.device != last.get("device"):
         names = ("schedule", "checkpoint_every_s")  # budgets of another device say nothing
     taken = {name: last.get(name) for name in names if getattr(options, name) is None}
@@ -275,7 +275,9 @@ def _refuse_occupied(target: Target, directory: RunDirectory) -> None:
     if directory.path.exists() and not directory.begun:
         foreign = {p.name for p in directory.path.iterdir()} - {"lock", "run.json.tmp"}
         if foreign:
-            raise InputError(f"{directory.path} exists and holds no run but {sorted(foreign)[:3]}; name another --run-dir")
+            raise InputError(
+                f"{directory.path} exists and holds no run but {sorted(foreign)[:3]}; name another --run-dir"
+            )
     parent = next(p for p in target.out.parents if p.exists())
     if not parent.is_dir():
         raise InputError(f"{target.out}: {parent} is no directory; name another path")
@@ -303,8 +305,8 @@ def _refuse_changed_inputs(manifest: Manifest, prints: dict[str, str]) -> None:
     changed = [name for name, found in prints.items() if manifest.inputs[name]["fingerprint"] != found]
     if changed:
         raise MismatchError(
-            f"{', '.join(changed)}: not the content that the run began with; bring the inputs back as they were, or start "
-            "anew with --fresh"
+            f"{', '.join(changed)}: not the content that the run began with; bring the inputs back as they were, or "
+            "start anew with --fresh"
         )
 
 
@@ -330,6 +332,6 @@ def _on(device: torch.device) -> Iterator[None]:
         else:
             yield
     except torch.OutOfMemoryError as error:
-        raise MemoryError(f"{device} has no memory left ({error}); the run is intact: take a smaller --device-memory") from error
-
-
+        raise MemoryError(
+            f"{device} has no memory left ({error}); the run is intact: take a smaller --device-memory"
+        ) from error

@@ -62,7 +62,7 @@ class HeldRows:
         return self._queries[place][: shape[0] * count * shape[2]].view(shape)
 
     def partial(self, row: int, keep: tuple[int, ...], next_use: Callable[[int], float]) -> Partial:
-        """Return the row's partial, from memory, from the store, or the empty one; ``keep`` names rows that must stay."""
+        """Return the row's partial, from memory, from the store, or the empty one; ``keep``: rows that must stay."""
         if row not in self._resident:
             if not self._free:
                 self._evict(max((r for r in self._resident if r not in keep), key=next_use))
@@ -113,7 +113,9 @@ class HeldRows:
         out = self._out[slot][: count * self._problem.value_dim].view(*shape, self._problem.value_dim)
         cover = 0
         if self._store is not None:
-            host_lse, host_out = (t if t.device.type == "cpu" else torch.empty_like(t, device="cpu") for t in (lse, out))
+            host_lse, host_out = (
+                t if t.device.type == "cpu" else torch.empty_like(t, device="cpu") for t in (lse, out)
+            )
             cover = self._store.load_into(self.lane, row, _array(host_lse), _array(host_out))
             if cover and host_out is not out:
                 lse.copy_(host_lse)

@@ -99,5 +99,3 @@ def _measured_flops(device_name: str, dtype_name: str, head_dim: int, value_dim:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2.0 * (head_dim + value_dim) * rows * columns / sorted(seconds[1:])[2]
-
-

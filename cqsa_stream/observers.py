@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -41,7 +41,7 @@ class ProgressBar:
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
 
     def __call__(self, event: Event) -> None:
         figures = event.figures

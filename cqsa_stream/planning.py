@@ -91,8 +91,10 @@ def refuse_over_budget(plan: Plan) -> None:
         return
     smallest = min(plan.candidates, key=lambda p: p.footprint.host_bytes + p.footprint.device_bytes).footprint
     host, device = -(-smallest.host_bytes // 2**20), -(-smallest.device_bytes // 2**20)
-    lines = [f"no plan fits: host memory {plan.host_allowed_bytes / 2**20:.1f} MiB allowed; the smallest that would do: "
-             f"--host-memory {host}MiB"]  # fmt: skip
+    allowed = plan.host_allowed_bytes / 2**20
+    lines = [
+        f"no plan fits: host memory {allowed:.1f} MiB allowed; the smallest that would do: --host-memory {host}MiB"
+    ]
     if plan.device_allowed_bytes is not None:
         lines.append(f"device memory {plan.device_allowed_bytes / 2**20:.1f} MiB allowed; --device-memory {device}MiB")
     if smallest.host["output"]:

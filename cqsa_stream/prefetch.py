@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ class Prefetcher:
 
     def __enter__(self) -> "Prefetcher":
         if self._pinned and self._memory.numel():
-            _check(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.numel(), 0))
+            _check(_cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.numel(), 0))
         self._thread.start()
         return self
 
@@ -81,7 +81,7 @@ class Prefetcher:
         self._thread.join()
         if self._pinned and self._memory.numel():
             torch.cuda.synchronize()
-            _check(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
+            _check(_cudart().cudaHostUnregister(self._memory.data_ptr()))
 
     def __next__(self) -> Loaded:
         """Return the next piece, waiting for it. Raises what reading it raised."""
@@ -118,7 +118,11 @@ class Prefetcher:
         return Loaded(read, values, slot, self._free)
 
 
-def _check(status: object) -> None:
-    code = int(status)  # type: ignore[call-overload]
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _check(status: Any) -> None:
+    code = int(status)
     if code != 0:
         raise RuntimeError(f"page-locking host memory failed (CUDA error {code}); take a smaller host_memory")

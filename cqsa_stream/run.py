@@ -1,11 +1,11 @@
 """The run directory: all that resuming, checking and reporting need, in formats that anything can read.
 
-    run.json        the problem, the grid, the inputs' fingerprints, where the output is; carries its own checksum
-    partials/       one file for each row chunk in progress or finished
-    lse.zarr        the log-sum-exp of finished rows, unless --lse names another place
-    events.jsonl    each session's options, plan, checkpoints and end
-    session.json    the latest figures of the last session, and the process it runs in
-    lock            held while a process works in the run
+run.json        the problem, the grid, the inputs' fingerprints, where the output is; carries its own checksum
+partials/       one file for each row chunk in progress or finished
+lse.zarr        the log-sum-exp of finished rows, unless --lse names another place
+events.jsonl    each session's options, plan, checkpoints and end
+session.json    the latest figures of the last session, and the process it runs in
+lock            held while a process works in the run
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _MOST_CHUNKS = 1 << 24
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run is. ``inputs``: source and fingerprint of query, key and value; ``out_tokens``: one stored output chunk."""
+    """What a run is. ``inputs``: source and fingerprint of each; ``out_tokens``: tokens of one stored output chunk."""
 
     problem: Problem
     rows: Axis
@@ -134,8 +134,8 @@ class RunDirectory:
         except filelock.Timeout as error:
             holder = self.session()
             raise LockedError(
-                f"{self.path}: process {holder.get('pid', '?')} on {holder.get('host', '?')} works in this run; wait for "
-                "it, or stop it"
+                f"{self.path}: process {holder.get('pid', '?')} on {holder.get('host', '?')} works in this run; wait "
+                "for it, or stop it"
             ) from error
         try:
             yield

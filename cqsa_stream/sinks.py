@@ -66,4 +66,4 @@ class ZarrSink:
     def _put(self, target: ts.TensorStore, values: np.ndarray, checksum: int) -> int:
         write(target, values)
         self.bytes_written += values.nbytes
-        return crc32c(memoryview(values.reshape(-1).view(np.uint8)), checksum)
+        return crc32c(values.reshape(-1).view(np.uint8).data, checksum)

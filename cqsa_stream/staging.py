@@ -30,7 +30,7 @@ class Stage:
             {name: torch.empty(block_tokens * width, dtype=compute, device=device) for name, width in widths.items()}
             for _ in range(turns)
         ]
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._stream = _new_stream(device) if self._cuda else None
         self._free: list[torch.cuda.Event | None] = [None] * turns
 
     def block(self, key: Loaded, value: Loaded) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,11 @@ class Stage:
         return target
 
 
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def _mark() -> torch.cuda.Event:
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event

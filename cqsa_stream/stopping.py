@@ -1,4 +1,4 @@
-"""When to stop: a time limit, or a signal. The first signal asks for a stop at the next safe point, the second kills."""
+"""When to stop: a time limit, or a signal. The first signal asks to stop at the next safe point, the second kills."""
 
 import signal
 import threading

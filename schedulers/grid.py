@@ -9,7 +9,7 @@ __all__ = ["Axis", "Grid"]
 
 @dataclass(frozen=True)
 class Axis:
-    """Tokens ``[0, tokens)`` cut into ``chunks`` chunks of ``chunk_tokens``; the last may be short, those past it empty."""
+    """Tokens ``[0, tokens)`` cut into ``chunks`` chunks of ``chunk_tokens``; the last may be short, others empty."""
 
     tokens: int
     chunk_tokens: int
@@ -17,7 +17,7 @@ class Axis:
 
     @classmethod
     def cut(cls, tokens: int, chunks: int) -> "Axis":
-        """Cut into equal chunks, rounded up to a power of two of at most 1/32 of a chunk, so that chunks divide well."""
+        """Cut into equal chunks, rounded up by at most 1/32 to multiples of a power of two: they divide well."""
         even = -(-tokens // chunks)
         unit = 1 << max(0, (even // 32).bit_length() - 1)
         return cls(tokens, -(-even // unit) * unit, chunks)

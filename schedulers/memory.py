@@ -68,7 +68,7 @@ class Footprint:
 
 
 def slot_bytes(head_dim: int, value_dim: int, group: int, itemsize: int, block_tokens: int) -> int:
-    """Return the size of one ring buffer: a block of one array, and one token of all the group's queries at the least."""
+    """Return the size of one ring buffer: a block of one array, or one token of all the group's queries."""
     return max(max(head_dim, value_dim) * block_tokens, group * head_dim) * itemsize
 
 
@@ -91,9 +91,7 @@ def footprint(
     writing = layout.out_tokens * 3 * work.value_dim * work.out_itemsize + 8 * work.group * rows
     in_host = {
         "ring": layout.ring_slots
-        * slot_bytes(
-            work.head_dim, work.value_dim, work.group, work.stored_itemsize, layout.block_tokens
-        ),
+        * slot_bytes(work.head_dim, work.value_dim, work.group, work.stored_itemsize, layout.block_tokens),
         "reading": work.staging_bytes,
         "writing": writing,
         "output": work.resident_output_bytes,
@@ -107,7 +105,7 @@ def footprint(
 
 
 def _tile_bytes(work: Workload, rows: int, layout: Layout, device: str) -> int:
-    """What one kernel call and its merge hold: the tile's out and lse, float64 weights, zero-padded operands, scores."""
+    """What one kernel call and its merge hold: out and lse, float64 weights, zero-padded operands, scores."""
     width = max(work.head_dim, work.value_dim)
     heads_rows = work.group * rows
     result = heads_rows * (4 * width + 4 + 5 * 8)

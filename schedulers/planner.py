@@ -43,8 +43,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned. ``chunks`` and ``schedule`` are given where a user forces them; ``grid`` and ``out_tokens``
-    where a run has begun, whose output is stored in chunks of so many tokens.
+    """What is to be planned. ``chunks`` and ``schedule`` are given where a user forces them; ``grid`` and
+    ``out_tokens`` where a run has begun, whose output is stored in chunks of so many tokens.
 
     ``keys_seen(rows)``: the keys that any of the rows sees; ``arrays``: how query, key and value are stored.
     """
@@ -146,8 +146,8 @@ def make_schedule(name: str, grid: Grid, rows_per_task: int) -> Schedule:
 def make_plan(request: Request, machine: Machine) -> Plan:
     """Return the cheapest plan that fits; where none does, the one that needs the least, with ``fits`` False.
 
-    ``candidates`` holds the best of each schedule weighed. Raises ValueError where a forced schedule or number of chunks
-    cannot be.
+    ``candidates`` holds the best of each schedule weighed. Raises ValueError where a forced schedule or number of
+    chunks cannot be.
     """
     if request.schedule == "cqs":
         _refuse_cqs_where_positions_differ(request)
@@ -216,7 +216,9 @@ def _same_position_chunks(request: Request, machine: Machine) -> list[int]:
         return [request.chunks]
     numbers = list(takewhile(lambda c: c <= _MOST_CHUNKS, singer_numbers()))
     useful = [c for c in numbers if c <= max(7, request.keys)]
-    quick = [c for c in useful if _pair_flops(request, -(-request.keys // c), -(-request.keys // c)) <= machine.step_flops]
+    quick = [
+        c for c in useful if _pair_flops(request, -(-request.keys // c), -(-request.keys // c)) <= machine.step_flops
+    ]
     return quick or useful[-1:]
 
 
@@ -227,7 +229,10 @@ def _row_chunks(request: Request, machine: Machine) -> list[int]:
         return [request.chunks]
     tokens, chunks = machine.tile_rows, []
     while tokens >= 1:
-        if _pair_flops(request, min(tokens, request.queries), machine.column_tokens) <= machine.step_flops or tokens == 1:
+        if (
+            _pair_flops(request, min(tokens, request.queries), machine.column_tokens) <= machine.step_flops
+            or tokens == 1
+        ):
             chunks.append(-(-request.queries // tokens))
         tokens //= 2
     return sorted(set(chunks))
@@ -250,9 +255,7 @@ def _layouts(request: Request, machine: Machine, name: str, grid: Grid) -> Itera
         block = max(_SMALLEST_BLOCK, -(-block // 2))
 
 
-def _layout(
-    request: Request, machine: Machine, name: str, grid: Grid, filled: int, block: int, slots: int
-) -> Layout:
+def _layout(request: Request, machine: Machine, name: str, grid: Grid, filled: int, block: int, slots: int) -> Layout:
     rows = quorum_size(grid.rows.chunks) if name == "cqs" else 1
     whole = name == "cqs" and not request.work.durable  # partials that cannot leave memory must all fit in it
     return Layout(

@@ -192,7 +192,7 @@ def _prime_factors(n: int) -> list[int]:
             while n % p == 0:
                 n //= p
         p += 1
-    return factors + [n] if n > 1 else factors
+    return [*factors, n] if n > 1 else factors
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:

@@ -68,15 +68,15 @@ class Schedule(Protocol):
 
 
 class Cqs:
-    """CQS Divide: task i is quorum ``S_i``; a pair of distinct chunks lies in one quorum, pair (i, i) goes to task i."""
+    """CQS Divide: task i is quorum ``S_i``; two distinct chunks share one quorum, pair (i, i) is task i's."""
 
     name = "cqs"
 
     def __init__(self, grid: Grid) -> None:
         if not grid.same_positions:
             raise ValueError(
-                "schedule 'cqs' needs queries and keys to be the same positions (as many queries as keys, q_start 0, no "
-                "query slice); take 'rectangular' or 'auto'"
+                "schedule 'cqs' needs queries and keys to be the same positions (as many queries as keys, q_start 0, "
+                "no query slice); take 'rectangular' or 'auto'"
             )
         self.grid = grid
         self.rows_per_task = quorum_size(grid.rows.chunks)
@@ -89,10 +89,7 @@ class Cqs:
             members = sorted(quorum(len(self), i))
             yield Task.of(
                 lane,
-                (
-                    (b, tuple(a for a in members if (a != b or a == i) and b in self.grid.needed[a]))
-                    for b in members
-                ),
+                ((b, tuple(a for a in members if (a != b or a == i) and b in self.grid.needed[a])) for b in members),
             )
 
     def loads(self) -> tuple[list[int], list[int]]:

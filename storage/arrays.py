@@ -15,17 +15,21 @@ __all__ = ["TokenArray", "open_array"]
 class TokenArray(Protocol):
     """An array ``[batch, head, token, feature]`` that is read piece by piece.
 
-    ``source`` is a path or URL, or ``"memory"``; ``stored_chunk`` the shape of what is stored, and hence fetched, as one
+    ``source`` is a path or URL, or ``"memory"``; ``stored_chunk`` the shape of what is stored, and hence fetched, whole
     (``(1, 1, 1, feature)`` where any range can be read); ``staging_bytes`` the memory that a read holds besides the
     caller's buffer; ``bytes_read`` what was fetched so far.
     """
 
-    source: str
-    shape: tuple[int, ...]
-    dtype: str
-    stored_chunk: tuple[int, ...]
-    staging_bytes: int
-
+    @property
+    def source(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def stored_chunk(self) -> tuple[int, ...]: ...
+    @property
+    def staging_bytes(self) -> int: ...
     @property
     def bytes_read(self) -> int: ...
 
@@ -57,7 +61,8 @@ def open_array(source: Any, *, fill_missing: bool = False) -> TokenArray:
     if kind == "zarr.Array":
         return _open_zarr_array(source, fill_missing)
     raise ArrayError(
-        f"found a {kind}; expected a path or URL, a zarr.Array, a tensorstore.TensorStore, a numpy array or a torch tensor"
+        f"found a {kind}; expected a path or URL, a zarr.Array, a tensorstore.TensorStore, a numpy array or "
+        "a torch tensor"
     )
 
 
@@ -85,7 +90,9 @@ def _open_path(source: str, fill_missing: bool) -> TokenArray:
         raise ArrayError(f"{path}: no such file or directory")
     if path.is_file():
         if path.suffix != ".npy":
-            raise ArrayError(f"{path}: a file that is no .npy; expected a Zarr v2 or v3 array (a directory) or a .npy file")
+            raise ArrayError(
+                f"{path}: a file that is no .npy; expected a Zarr v2 or v3 array (a directory) or a .npy file"
+            )
         return RawArray.of_npy(path)
     metadata = _zarr_metadata(path)
     raw = None if fill_missing else RawArray.of_zarr(path, metadata)

@@ -31,7 +31,7 @@ def fingerprint(array: TokenArray) -> str:
         head = lane % heads
         place = buffer[:, : len(span)]
         array.read_into(lane // heads, range(head, head + 1), span, place)
-        digest.update(memoryview(place.reshape(-1).view(np.uint8)))
+        digest.update(place.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -81,9 +81,11 @@ class PartialStore:
         self.bytes_written = 0
         self.bytes_read = 0
         self._generations: dict[tuple[int, int], int] = {}
+        self._ours = False  # whether damaged files may be set aside
 
     def prepare(self) -> None:
         """Create the directory; sweep what a killed process left. Only the holder of the run's lock may call this."""
+        self._ours = True
         make_directory(self.directory)
         for leftover in self.directory.glob("*" + TEMPORARY):
             leftover.unlink()
@@ -167,25 +169,26 @@ class PartialStore:
         checksum: int,
     ) -> None:
         generation = self._generations.get((lane, row), 0) + 1
-        lengths = [len(part) for part in parts]
+        cover, lse, out = (len(part) for part in parts)
         header = Header(
-            self.run, lane, row, generation, finished, *lengths, self.columns, cover_checksum, checksum
-        )  # fmt: skip
+            self.run, lane, row, generation, finished, cover, lse, out, self.columns, cover_checksum, checksum
+        )
         replace_file(self._path(lane, row), [header.pack(), *(part for part in parts if len(part))])
         self._generations[lane, row] = generation
-        self.bytes_written += _HEADER_BYTES + sum(lengths)
+        self.bytes_written += _HEADER_BYTES + cover + lse + out
 
     def _path(self, lane: int, row: int) -> Path:
         return self.directory / f"{lane:06d}-{row:06d}.partial"
 
     def _set_aside(self, lane: int, row: int) -> None:
-        path = self._path(lane, row)
-        path.replace(path.with_suffix(".damaged"))
+        if self._ours:
+            path = self._path(lane, row)
+            path.replace(path.with_suffix(".damaged"))
 
 
 def _bytes_of(values: np.ndarray) -> memoryview:
     assert values.flags.c_contiguous
-    return memoryview(values.reshape(-1).view(np.uint8))
+    return values.reshape(-1).view(np.uint8).data
 
 
 def _read_exactly(file: object, view: memoryview) -> None:

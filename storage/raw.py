@@ -71,7 +71,7 @@ class RawArray:
 
     @classmethod
     def of_zarr(cls, path: Path, metadata: dict[str, Any]) -> "RawArray | None":
-        """Return the array where its chunks are plain files of whole rows of numbers, perhaps with a crc32c, else None."""
+        """Return the array where its chunks are plain files, perhaps with a crc32c, of whole rows; else None."""
         try:
             described = _describe_v3(metadata) if metadata.get("zarr_format") == 3 else _describe_v2(metadata)
             dtype, chunks, encoding, separator, trailer = described or ("", [], "", "", 0)
@@ -97,7 +97,7 @@ class RawArray:
                           strict=True)  # fmt: skip
         row = (inner[0] * self.file_shape[1] + inner[1]) * self.file_shape[2] + inner[2]
         path = self.pattern.format(*cell, 0)
-        view = memoryview(place.reshape(-1).view(np.uint8))
+        view = place.reshape(-1).view(np.uint8).data
         position = self.offset + row * self.shape[3] * place.itemsize
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -107,7 +107,9 @@ class RawArray:
             while view:
                 count = os.preadv(file, [view], position)
                 if count == 0:
-                    raise ArrayError(f"{path}: ends {len(view)} bytes early, at byte {position}; write this chunk again")
+                    raise ArrayError(
+                        f"{path}: ends {len(view)} bytes early, at byte {position}; write this chunk again"
+                    )
                 self.bytes_read += count
                 view, position = view[count:], position + count
         except OSError as error:

@@ -3,9 +3,8 @@
 import math
 import re
 from collections import deque
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -50,7 +49,8 @@ class TensorStoreArray:
         self.layout = layout  # the chunks' files, where their sizes are known beforehand
         self.shape = tuple(store.shape)
         self.dtype = str(store.dtype.name)
-        chunk = store.chunk_layout.read_chunk.shape or self.shape
+        stored = store.chunk_layout.read_chunk.shape or self.shape
+        chunk = [n or size for n, size in zip(stored, self.shape, strict=True)]
         self.stored_chunk = tuple(max(1, min(n, size)) for n, size in zip(chunk, self.shape, strict=True))
         chunk_bytes = math.prod(chunk) * store.dtype.numpy_dtype.itemsize
         self._in_flight = max(1, _IN_FLIGHT_BYTES // max(1, chunk_bytes))
@@ -90,7 +90,7 @@ class TensorStoreArray:
         return bytes_fetched() - self._bytes_before
 
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
-        pending: deque[ts.Future[None]] = deque()
+        pending: deque[ts.WriteFutures] = deque()
         try:
             for head, token in product(_pieces(heads, self.stored_chunk[1]), _pieces(tokens, self.stored_chunk[2])):
                 if len(pending) == self._in_flight:
@@ -109,7 +109,7 @@ class TensorStoreArray:
             ) from error
         finally:
             for future in pending:  # the buffer must not be written after this call
-                future.exception()
+                future.commit.exception()
 
     def check(self) -> None:
         """Look whether every chunk is stored, without reading any, and where sizes are known that none is short."""
@@ -138,4 +138,4 @@ def _stored(store: ts.TensorStore) -> bool:
 def _pieces(span: range, length: int) -> list[range]:
     """Cut a range at the multiples of a length."""
     cuts = [span.start, *range((span.start // length + 1) * length, span.stop, length), span.stop]
-    return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(cuts)]

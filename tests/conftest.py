@@ -1,5 +1,7 @@
 """Shared fixtures. Shapes in signatures are checked at run time here, and only here."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -10,28 +12,33 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook(["cqsa_stream.partial", "cqsa_stream.kernels.torch_cpu", "cqsa_stream.kernels.reference"], "beartype.beartype")
+install_import_hook(
+    ["cqsa_stream.partial", "cqsa_stream.kernels.torch_cpu", "cqsa_stream.kernels.reference"], "beartype.beartype"
+)
 settings.register_profile("cqsa", deadline=None, max_examples=60)
 settings.load_profile("cqsa")
 
 ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-c", "from cqsa_stream.cli import main; main()"]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Cli:
-    """Run ``cqsa`` as a user would, in a process of its own, in an empty folder."""
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run ``cqsa`` in an empty folder, in this process: starting one anew for each command would take minutes."""
+    from cqsa_stream.cli import main
 
-    def run(*words: object, timeout: float = 120) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-c", "from cqsa_stream.cli import main; main()", *map(str, words)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=tmp_path,
-            env=environment(),
-            check=False,
-        )
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> "subprocess.CompletedProcess[str]":
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        monkeypatch.setattr(sys, "argv", ["cqsa", *map(str, words)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return subprocess.CompletedProcess(list(map(str, words)), code, out.getvalue(), err.getvalue())
 
     return run
 

@@ -12,9 +12,7 @@ from cqsa_stream.kernels.torch_cuda import TorchCudaKernel
 from cqsa_stream.masks import TileMask
 from tests.reference import dense
 
-GPU = pytest.param(
-    TorchCudaKernel(), "cuda", torch.float16, 3e-3, 2e-3, marks=pytest.mark.gpu, id="torch-cuda"
-)
+GPU = pytest.param(TorchCudaKernel(), "cuda", torch.float16, 3e-3, 2e-3, marks=pytest.mark.gpu, id="torch-cuda")
 PLAIN_GPU = pytest.param(
     PlainKernel(torch.float32), "cuda", torch.float32, 2e-6, 1e-5, marks=pytest.mark.gpu, id="plain-cuda"
 )
@@ -45,7 +43,9 @@ def test_contract(
         v = torch.randn(kv_heads, columns, value_dim, generator=generator).to(device, dtype)
         scale = dim**-0.5
         out, lse = kernel.attend(q, k, v, mask, scale)
-        expected, expected_lse = dense(q[None].cpu(), k[None].cpu(), v[None].cpu(), causal=mask == "causal", scale=scale)
+        expected, expected_lse = dense(
+            q[None].cpu(), k[None].cpu(), v[None].cpu(), causal=mask == "causal", scale=scale
+        )
         assert out.shape == (heads, rows, value_dim)
         assert lse.shape == (heads, rows)
         assert float((out.cpu().double() - expected[0]).norm() / expected.norm()) <= tolerance

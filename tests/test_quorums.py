@@ -30,7 +30,9 @@ def test_two_chunks_share_one_quorum(c: int) -> None:
     assert all(quorum(c, i)[0] == i for i in range(c))
 
 
-@pytest.mark.parametrize(("c", "below", "above"), [(8, 7, 13), (20, 13, 21), (43, 31, 57), (3, None, 7), (307, 273, 381)])
+@pytest.mark.parametrize(
+    ("c", "below", "above"), [(8, 7, 13), (20, 13, 21), (43, 31, 57), (3, None, 7), (307, 273, 381)]
+)
 def test_another_number_names_its_neighbours(c: int, below: int | None, above: int) -> None:
     assert neighbours(c) == (below, above)
     if c != 307:

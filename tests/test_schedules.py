@@ -43,8 +43,8 @@ def test_cqs_covers_every_needed_pair_once(chunks: int, causal: bool) -> None:
 
 
 @given(
-    st.integers(1, 200), st.integers(1, 400), st.integers(1, 400), st.integers(-50, 400), st.booleans(), st.integers(1, 40),
-    st.integers(1, 30),
+    st.integers(1, 200), st.integers(1, 400), st.integers(1, 400), st.integers(-50, 400), st.booleans(),
+    st.integers(1, 40), st.integers(1, 30),
 )  # fmt: skip
 def test_rectangular_covers_every_needed_pair_once(
     chunks: int, queries: int, keys: int, q_start: int, causal: bool, block: int, columns: int

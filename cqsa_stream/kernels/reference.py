@@ -1,4 +1,4 @@
-"""The formula itself, written out: in float64 the yardstick of tests and ``verify``, in float32 the GPU's exact path."""
+"""The formula, written out: in float64 the yardstick of tests and ``verify``, in float32 the GPU's exact path."""
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ class PlainKernel:
         scale: float,
     ) -> tuple[Float[Tensor, "heads q dv"], Float[Tensor, "heads q"]]:
         q, k, v = q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
-        grouped = q.unflatten(0, (k.shape[0], -1)).flatten(1, 2)  # the rows of all query heads of one K/V head
+        grouped = q.reshape(k.shape[0], -1, q.shape[2])  # the rows of all query heads of one K/V head
         scores = (grouped * scale) @ k.transpose(1, 2)
         if mask == "causal":
             rows = torch.arange(q.shape[1], device=q.device).repeat(q.shape[0] // k.shape[0])

@@ -1,0 +1,54 @@
+"""Memory, measured from outside: a run's resident memory grows by no more than its budget, as its plan said."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli, environment
+
+MIB = 2**20
+RUN = """
+import json, pathlib, sys
+import psutil
+import cqsa_stream
+attention = cqsa_stream.attention
+before = psutil.Process().memory_info().rss
+directory, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+inputs = [f"{directory}/{name}.zarr" for name in "qkv"]
+planned = cqsa_stream.plan(*inputs, out=out, **options)
+attention(*inputs, out=out, **options)
+high_water = pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2]
+peak = int(high_water.split()[0]) * 1024
+print(json.dumps({"grown": peak - before, "projected": planned.footprint.host_bytes}))
+"""
+
+
+def measured(tmp_path: Path, directory: str, out: str, **options: object) -> dict[str, int]:
+    found = subprocess.run(
+        [sys.executable, "-c", RUN, directory, out, json.dumps(options)],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    report: dict[str, int] = json.loads(found.stdout)
+    return report
+
+
+@pytest.mark.parametrize(("dtype", "codec"), [("float32", "none"), ("bfloat16", "crc32c")])
+def test_growth_stays_within_the_budget(dtype: str, codec: str, cli: Cli, tmp_path: Path) -> None:
+    words = ("--heads", 2, "--head-dim", 64, "--dtype", dtype, "--codec", codec, "--chunk-tokens", 4096)
+    assert cli("generate", "d", "--tokens", 30_000, *words).returncode == 0
+    for schedule, budget in (("rectangular", 48), ("cqs", 64)):
+        found = measured(tmp_path, "d", f"o-{schedule}", is_causal=True, host_memory=f"{budget}MiB", schedule=schedule)
+        assert found["projected"] <= budget * MIB
+        assert found["grown"] <= found["projected"]
+
+
+def test_more_tokens_need_no_more_memory(cli: Cli, tmp_path: Path) -> None:
+    words = ("--heads", 1, "--head-dim", 64, "--dtype", "float32")
+    for name, tokens in (("short", 40_000), ("long", 160_000)):
+        assert cli("generate", name, "--tokens", tokens, *words).returncode == 0
+        found = measured(tmp_path, name, f"o-{name}", host_memory="44MiB", queries=[tokens - 2048, tokens])
+        assert found["grown"] <= found["projected"] <= 44 * MIB

@@ -1,0 +1,201 @@
+"""Durability: real processes killed at real moments, then resumed, end bit-identical to an uninterrupted run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import cqsa_stream as cqsa
+from tests.conftest import COMMAND, Cli, environment
+from tests.reference import inputs
+
+TOKENS, HEADS = 6000, 2
+QKV = ("d/q.zarr", "d/k.zarr", "d/v.zarr")
+
+
+@pytest.fixture
+def data(cli: Cli) -> None:
+    words = ("--tokens", TOKENS, "--heads", HEADS, "--head-dim", 64, "--dtype", "float32", "--chunk-tokens", 1000)
+    assert cli("generate", "d", *words).returncode == 0
+
+
+def start(tmp_path: Path, out: str, *words: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*COMMAND, "run", *QKV, out, *map(str, words)],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def result(path: Path) -> tuple[bytes, bytes]:
+    return tuple(
+        np.asarray(zarr.open_array(where, mode="r")[...]).tobytes()
+        for where in (path, path.with_name(path.name + ".run") / "lse.zarr")
+    )  # type: ignore[return-value]
+
+
+def wait_for_work(run: Path, process: "subprocess.Popen[str]", timeout: float = 60) -> None:
+    """Wait until the process has begun to compute."""
+    deadline = time.monotonic() + timeout
+    while not (run / "session.json").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+def test_killed_runs_end_bit_identical(schedule: str, cli: Cli, tmp_path: Path) -> None:
+    options = ("--causal", "--schedule", schedule, "--chunks", 31, "--host-memory", "64MiB")
+    assert cli("run", *QKV, "whole", *options).returncode == 0
+    chance = random.Random(schedule)
+    killed = 0
+    for _ in range(6):
+        session = tmp_path / "out.run" / "session.json"
+        session.unlink(missing_ok=True)
+        process = start(tmp_path, "out", *options, "--checkpoint-every", 0.02)
+        try:
+            wait_for_work(tmp_path / "out.run", process)
+        except AssertionError:
+            break  # it was complete already
+        time.sleep(chance.random() * 0.15)
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        process.communicate()
+    assert killed >= 1
+    before = json.loads(cli("status", "out.run", "--json").stdout)
+    assert before["pid"] is None
+    assert cli("run", *QKV, "out", *options).returncode == 0
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+    left = list((tmp_path / "out.run" / "partials").iterdir())
+    assert all(p.suffix == ".partial" and p.stat().st_size == 4096 for p in left)
+
+
+@pytest.mark.usefixtures("data")
+def test_what_status_calls_done_is_not_computed_again(cli: Cli, tmp_path: Path) -> None:
+    assert cli("run", *QKV, "out", "--chunks", 31, "--max-seconds", 0.3).returncode == 3
+    before = json.loads(cli("status", "out.run", "--json").stdout)
+    assert 0 < before["pairs_done"] < before["pairs_total"]
+    finished = cli("run", *QKV, "out", "--json", "--quiet")
+    events = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert events[0]["figures"]["pairs_done"] == before["pairs_done"]
+    assert events[-1]["figures"]["session_flops"] == before_total(before) - before["flops_done"]
+
+
+def before_total(status: dict[str, int]) -> int:
+    assert status["pairs_total"] == HEADS * 31 * 31
+    return 2 * 128 * HEADS * TOKENS * TOKENS
+
+
+@pytest.mark.usefixtures("data")
+def test_resume_under_another_schedule_and_budget_is_exact(cli: Cli, tmp_path: Path) -> None:
+    assert (
+        cli("run", *QKV, "out", "--causal", "--schedule", "cqs", "--max-seconds", 0.2, "--chunks", 21).returncode == 3
+    )
+    words = ("--schedule", "rectangular", "--host-memory", "30MiB")
+    assert cli("run", *QKV, "out", "--causal", *words, "--max-seconds", 0.2).returncode in (0, 3)
+    assert cli("run", *QKV, "out", "--causal", "--schedule", "cqs").returncode == 0
+    assert json.loads(cli("verify", "out.run", "--json").stdout)["ok"]
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 3)])
+def test_a_signal_stops_at_a_checkpoint(number: signal.Signals, code: int, cli: Cli, tmp_path: Path) -> None:
+    process = start(tmp_path, "out", "--chunks", 57)
+    wait_for_work(tmp_path / "out.run", process)
+    time.sleep(0.2)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=20)
+    assert process.returncode == code, message
+    assert "same command resumes" in message
+    stopped = json.loads(cli("status", "out.run", "--json").stdout)
+    assert 0 < stopped["pairs_done"] < stopped["pairs_total"]
+    assert cli("run", *QKV, "out").returncode == 0
+
+
+@pytest.mark.usefixtures("data")
+def test_one_process_at_a_time(cli: Cli, tmp_path: Path) -> None:
+    process = start(tmp_path, "out", "--chunks", 307)
+    wait_for_work(tmp_path / "out.run", process)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        status = json.loads(cli("status", "out.run", "--json").stdout)
+        assert status["pid"] == process.pid
+        refused = cli("run", *QKV, "out")
+        assert refused.returncode == 5
+        assert str(process.pid) in refused.stderr
+    finally:
+        process.kill()
+        process.communicate()
+    assert cli("run", *QKV, "out", "--max-seconds", 0).returncode == 3, "the lock of a dead process is free"
+
+
+@pytest.mark.usefixtures("data")
+def test_damaged_partials_are_computed_again(cli: Cli, tmp_path: Path) -> None:
+    words = ("--chunks", 21, "--schedule", "cqs")
+    assert cli("run", *QKV, "whole", *words).returncode == 0
+    assert cli("run", *QKV, "out", *words, "--max-seconds", 0.25).returncode == 3
+    files = sorted((tmp_path / "out.run" / "partials").iterdir(), key=lambda p: -p.stat().st_size)
+    for file, place in zip(files[:3], (200, 4097, -5), strict=True):
+        data = bytearray(file.read_bytes())
+        data[place] ^= 1
+        file.write_bytes(data)
+    assert cli("run", *QKV, "out").returncode == 0
+    assert json.loads(cli("verify", "out.run", "--json").stdout)["ok"]
+
+
+@pytest.mark.usefixtures("data")
+def test_an_output_that_is_gone_is_computed_again(cli: Cli, tmp_path: Path) -> None:
+    words = ("--causal", "--chunks", 21, "--schedule", "rectangular", "--host-memory", "30MiB")
+    assert cli("run", *QKV, "whole", *words).returncode == 0
+    assert cli("run", *QKV, "out", *words, "--max-seconds", 0.2).returncode == 3
+    subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
+    assert cli("run", *QKV, "out", *words).returncode == 0
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+def test_the_python_call_resumes_too(tmp_path: Path) -> None:
+    q, k, v = inputs("normal", torch.float32, 1, 1, 3000, 32)
+    out = tmp_path / "out"
+    with pytest.raises(cqsa.RunStopped):
+        cqsa.attention(q, k, v, is_causal=True, out=out, chunks=21, max_seconds=0.0)
+    run = cqsa.open_run(tmp_path / "out.run")
+    assert not run.status()["complete"]
+    with pytest.raises(cqsa.InputError, match="in memory"):
+        run.resume()
+    stored, lse = cqsa.attention(q, k, v, is_causal=True, out=out, return_lse=True)
+    expected, expected_lse = cqsa.attention(q, k, v, is_causal=True, return_lse=True, chunks=21, schedule="cqs")
+    assert run.status()["complete"]
+    if run.status()["schedule"] == "cqs":
+        np.testing.assert_array_equal(stored.read().result(), expected.numpy())
+        np.testing.assert_array_equal(lse.read().result(), expected_lse.numpy())
+
+
+def test_a_run_is_resumed_from_its_directory(cli: Cli, tmp_path: Path) -> None:
+    words = ("--tokens", 2000, "--heads", 1, "--head-dim", 32, "--dtype", "bfloat16", "--codec", "crc32c")
+    assert cli("generate", "d", *words).returncode == 0
+    assert cli("run", *QKV, "out", "--causal", "--max-seconds", 0, "--out-dtype", "float32").returncode == 3
+    run = cqsa.open_run(tmp_path / "out.run").resume()
+    assert run.status()["complete"]
+    assert run.verify(rows=20).ok
+    assert run.output().dtype.name == "float32"
+
+
+def test_a_run_can_be_moved(cli: Cli, tmp_path: Path) -> None:
+    words = ("--tokens", 2000, "--heads", 1, "--head-dim", 32)
+    assert cli("generate", "d", *words).returncode == 0
+    assert cli("run", *QKV, "a/out", "--max-seconds", 0).returncode == 3
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert cli("run", *QKV, "b/out").returncode == 0
+    assert json.loads(cli("verify", "b/out.run", "--json").stdout)["ok"]
