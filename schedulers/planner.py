@@ -13,7 +13,9 @@ from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule
 
 __all__ = ["Machine", "Plan", "Request", "make_plan", "make_schedule"]
 
-_TIE = 1.02  # schedules whose seconds differ by less are equal: then CQS, whose tasks are free to move
+_TIE = (
+    1.02  # schedules whose seconds differ by less are equal: then CQS if nothing spills, its tasks being free to move
+)
 _MOST_CHUNKS = 10_303
 _OUT_CHUNK_BYTES = 4 << 20
 _SMALLEST_BLOCK = 64
@@ -159,7 +161,8 @@ def make_plan(request: Request, machine: Machine) -> Plan:
     fitting = [plan for plan in candidates if plan.fits]
     if fitting:
         fastest = min(plan.cost.seconds for plan in fitting)
-        chosen = next(plan for plan in fitting if plan.cost.seconds <= _TIE * fastest)
+        equal = [plan for plan in fitting if plan.cost.seconds <= _TIE * fastest]
+        chosen = next((plan for plan in equal if not plan.cost.spills), equal[0])
     else:
         chosen = min(candidates, key=lambda plan: plan.footprint.host_bytes + plan.footprint.device_bytes)
     return replace(chosen, candidates=candidates)

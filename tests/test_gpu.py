@@ -1,0 +1,71 @@
+"""The same promises on a CUDA device: exact, within budget, bit-identical after a resume. Run by ``make test-gpu``."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import cqsa_stream as cqsa
+from cqsa_stream.generate import generate
+from tests.reference import dense, error, inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+MIB = 2**20
+
+
+@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_exact(dtype: torch.dtype, causal: bool, schedule: str) -> None:
+    """16-bit tiles come rounded from the vendor's kernel: a 16-bit output is rounded twice."""
+    for kind in ("normal", "uniform", "peaked", "sink", "early keys unseen"):
+        q, k, v = inputs(kind, dtype, 4, 2, 3000, 64)
+        expected, expected_lse = dense(q, k, v, causal=causal)
+        in_core = scaled_dot_product_attention(q.cuda(), k.cuda(), v.cuda(), is_causal=causal, enable_gqa=True).cpu()
+        out, lse = cqsa.attention(
+            q, k, v, is_causal=causal, enable_gqa=True, device="cuda", schedule=schedule, chunks=13, return_lse=True
+        )
+        assert torch.isfinite(out).all(), kind
+        allowed = 2e-6 if dtype == torch.float32 else 0.0
+        factor = 1.10 if dtype == torch.float32 else 1.45
+        assert error(out, expected) <= max(allowed, factor * error(in_core, expected)), kind
+        step = 1e-5 if dtype == torch.float32 else 1e-3
+        assert (lse.double() - expected_lse).abs().max() <= step * max(1.0, float(expected_lse.abs().max())), kind
+
+
+@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+def test_resumed_runs_are_bit_identical_and_within_budget(schedule: str, tmp_path: Path) -> None:
+    q, k, v = generate(tmp_path / "d", tokens=60_000, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16")
+    options: dict[str, Any] = {
+        "is_causal": True, "enable_gqa": True, "device": "cuda", "schedule": schedule, "chunks": 57,
+        "device_memory": "160MiB", "host_memory": "4GiB",
+    }  # fmt: skip
+    whole = cqsa.attention(q, k, v, out=tmp_path / "whole", **options).read().result()
+    status = cqsa.open_run(tmp_path / "whole.run").status()
+    assert 0 < status["device_peak_bytes"] <= 160 * MIB
+    stops = 0
+    for _ in range(60):
+        try:
+            cqsa.attention(q, k, v, out=tmp_path / "out", max_seconds=0.1, **options)
+        except cqsa.RunStopped:
+            stops += 1
+        else:
+            break
+    assert stops > 0
+    found = cqsa.open_run(tmp_path / "out.run").resume()
+    np.testing.assert_array_equal(found.output().read().result().view(np.uint16), whole.view(np.uint16))
+    assert found.verify(rows=64).ok
+
+
+def test_a_run_moves_between_devices(tmp_path: Path) -> None:
+    q, k, v = generate(tmp_path / "d", tokens=20_000, heads=2, head_dim=64, dtype="float16")
+    with pytest.raises(cqsa.RunStopped):
+        cqsa.attention(q, k, v, out=tmp_path / "out", device="cpu", chunks=31, max_seconds=0.5)
+    cqsa.attention(q, k, v, out=tmp_path / "out", device="cuda")
+    assert cqsa.open_run(tmp_path / "out.run").verify().ok
