@@ -1,8 +1,8 @@
 """Masks: which keys a query sees, and how a rectangle of scores falls into kernel calls.
 
 Alignment is by position: query row i stands at position ``q_start + i`` and key j at position j. A causal query sees
-the keys at positions up to and including its own. (torch's ``is_causal`` aligns the top left corners instead; the calls
-below are cut so that both mean the same.)
+the keys at positions up to and including its own. (Kernels align the corners of a tile that is not square, some the top
+left, some the bottom right: the calls below have square causal tiles, where all agree.)
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 __all__ = ["Call", "Causal", "Full", "Mask", "Tile", "TileMask", "mask_of"]
 
-TileMask = Literal["full", "causal"]  # causal: row i of the tile sees columns 0..i of the tile
+TileMask = Literal["full", "causal"]  # causal: a square tile, whose row i sees its columns 0..i
 
 
 @dataclass(frozen=True)

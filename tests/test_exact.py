@@ -23,7 +23,7 @@ def test_no_worse_than_the_in_core_kernel(dtype: torch.dtype, causal: bool, kv_h
         expected, expected_lse = dense(q, k, v, causal=causal)
         in_core = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=kv_heads != 2)
         out, lse = cqsa.attention(
-            q, k, v, is_causal=causal, enable_gqa=True, schedule=schedule, chunks=13, return_lse=True
+            q, k, v, is_causal=causal, enable_gqa=True, device="cpu", schedule=schedule, chunks=13, return_lse=True
         )
         assert out.dtype == dtype
         assert torch.isfinite(out).all(), kind
@@ -62,7 +62,7 @@ def test_shapes(shape: Shape, causal: bool) -> None:
     expected, expected_lse = dense(q, k, v, causal=causal, q_start=q_start)
     part = slice(*rows) if rows else slice(None)
     out, lse = cqsa.attention(
-        q, k, v, is_causal=causal, enable_gqa=True, q_start=q_start, queries=rows, return_lse=True, scale=None
+        q, k, v, is_causal=causal, enable_gqa=True, q_start=q_start, queries=rows, return_lse=True, device="cpu"
     )
     assert out.shape == (batch, heads, *expected[:, :, part].shape[2:])
     torch.testing.assert_close(out.double(), expected[:, :, part], rtol=2e-5, atol=2e-6)

@@ -17,6 +17,7 @@ def check(mask: Mask, rows: range, columns: range, tile: Tile) -> None:
     for call in mask.calls(rows, columns, tile):
         assert 0 < len(call.rows) <= tile.rows
         assert 0 < len(call.columns) <= max(tile.columns, tile.leaf)
+        assert call.mask == "full" or len(call.rows) == len(call.columns)
         for x, i in enumerate(call.rows):
             computed.update((i, j) for y, j in enumerate(call.columns) if call.mask == "full" or y <= x)
     assert computed == dict.fromkeys(visible, 1)

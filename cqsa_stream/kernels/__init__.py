@@ -3,8 +3,9 @@
 The contract, tested for every back end by one suite: ``attend(q, k, v, mask, scale) -> (out, lse)`` with
 
 - ``q [heads, rows, d]``, ``k [kv_heads, columns, d]``, ``v [kv_heads, columns, dv]``, the heads a multiple of kv_heads;
-- ``mask``: ``"full"`` or ``"causal"`` (row i sees columns 0..i of the tile);
-- ``out [heads, rows, dv]`` float32 (float64 from the reference), normalised; ``lse [heads, rows]``, natural logarithm;
+- ``mask``: ``"full"``, or ``"causal"``: the tile is square and row i sees columns 0..i;
+- ``out [heads, rows, dv]`` float32 (float64 from the reference), normalised; ``lse [heads, rows]``, natural logarithm,
+  float32 or float64;
 - a row that sees no key gives (0, -inf).
 """
 

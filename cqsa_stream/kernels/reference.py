@@ -1,4 +1,4 @@
-"""The formula, written out: in float64 the yardstick of tests and ``verify``, in float32 the GPU's exact path."""
+"""The formula, written out: in float64 the yardstick of tests, in float32 the GPU's exact path."""
 
 import torch
 from jaxtyping import Float
@@ -28,13 +28,17 @@ class PlainKernel:
         scale: float,
     ) -> tuple[Float[Tensor, "heads q dv"], Float[Tensor, "heads q"]]:
         q, k, v = q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
+        if k.shape[1] == 0:
+            return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf)
         grouped = q.reshape(k.shape[0], -1, q.shape[2])  # the rows of all query heads of one K/V head
         scores = (grouped * scale) @ k.transpose(1, 2)
         if mask == "causal":
             rows = torch.arange(q.shape[1], device=q.device).repeat(q.shape[0] // k.shape[0])
             unseen = rows[:, None] < torch.arange(k.shape[1], device=q.device)
             scores.masked_fill_(unseen, -torch.inf)
-        lse = torch.logsumexp(scores, dim=2)
-        weights = scores.sub_(lse[:, :, None]).exp_().nan_to_num_(nan=0.0)  # a row that sees no key: -inf - -inf
-        out = weights @ v
+        highest = scores.amax(2, keepdim=True).clamp_min(torch.finfo(self.dtype).min)  # finite where no key is seen
+        weights = scores.sub_(highest).exp_()
+        total = weights.sum(2, keepdim=True)
+        out = (weights @ v) / total.clamp_min(1.0)  # the largest term is 1, but where no key is seen
+        lse = highest.double() + total.double().log()  # float64: float32 would round large scores before they merge
         return out.reshape(q.shape[0], q.shape[1], -1), lse.reshape(q.shape[:2])
