@@ -68,7 +68,7 @@ def main() -> None:
     ]
     import cqsa_stream as cqsa
 
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for factor in (1, 4):
             where = Path(folder) / str(factor)
             generate(where, tokens=factor * options.tokens, heads=4, head_dim=64, dtype=options.dtype)

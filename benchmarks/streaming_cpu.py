@@ -53,7 +53,7 @@ def main() -> None:
           f"torch {torch.__version__}, {torch.get_num_threads()} threads, median of {options.repeats}")  # fmt: skip
     print(f"{'dtype':>9} {'budget MiB':>10} {'in-core s':>9} {'fp32 s':>7} {'stream s':>8} {'ratio':>6} {'worst':>6}")
     for dtype in options.dtypes:
-        with tempfile.TemporaryDirectory(dir=".") as folder:
+        with tempfile.TemporaryDirectory() as folder:
             sizes = {"tokens": options.tokens, "heads": options.heads, "head_dim": options.head_dim}
             paths = generate(Path(folder), dtype=dtype, **sizes)
             total = 3 * options.tokens * options.heads * options.head_dim * BYTES[dtype]

@@ -8,7 +8,7 @@ from typing import Any
 import tensorstore as ts
 import torch
 
-from cqsa_stream.errors import ArrayError, InputError
+from cqsa_stream.errors import ArrayError, CqsaError, InputError
 from cqsa_stream.events import Figures, Observer
 from cqsa_stream.execute import Target, run_in_memory, run_on_disk
 from cqsa_stream.meter import covered, tokens_done
@@ -16,8 +16,9 @@ from cqsa_stream.planning import Options, plan_run
 from cqsa_stream.problem import Problem
 from cqsa_stream.run import Manifest, RunDirectory
 from cqsa_stream.schedulers.planner import Plan
+from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray, open_array
-from cqsa_stream.storage.output import open_for_writing
+from cqsa_stream.storage.output import holds_array, open_for_writing
 from cqsa_stream.verify import Verification, verify_rows
 
 __all__ = ["Run", "attention", "open_inputs", "open_run", "plan"]
@@ -66,18 +67,11 @@ def attention(
 
     Raises InputError, BudgetError, LockedError, MismatchError or ArrayError, and RunStopped at ``max_seconds``.
     """
-    if attn_mask is not None:
-        raise InputError("attn_mask: a mask in memory is not supported; take is_causal, q_start and queries")
-    if dropout_p != 0.0:
-        raise InputError(f"dropout_p {dropout_p}: not supported, the result is exact; leave it 0.0")
-    arrays = open_inputs(query, key, value)
-    problem = Problem.of(
-        arrays["query"], arrays["key"], arrays["value"], scale=scale, causal=is_causal, q_start=q_start, queries=queries
+    arrays, problem = _problem(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_start=q_start, queries=queries
     )
-    if problem.group > 1 and not enable_gqa:
-        raise InputError(f"{problem.heads} query heads over {problem.kv_heads} key/value heads; set enable_gqa=True")
     options = Options(
-        device=None if device == "auto" else device,
+        device=None if str(device) == "auto" else str(device),
         device_memory=device_memory,
         host_memory=host_memory,
         schedule=None if schedule == "auto" else schedule,
@@ -91,7 +85,7 @@ def attention(
         sink = run_in_memory(problem, arrays, options, observers, with_lse=return_lse)
         target = query.device if isinstance(query, torch.Tensor) else torch.device("cpu")
         return (sink.out.to(target), sink.lse.to(target)) if sink.lse is not None else sink.out.to(target)
-    directory = run_on_disk(problem, arrays, options, Target.of(out, run_dir), observers, (signal.SIGINT,))
+    directory = run_on_disk(problem, arrays, options, Target.of(out, run_dir), observers, Stopper((signal.SIGINT,)))
     run = Run(directory.path)
     return (run.output(), run.lse()) if return_lse else run.output()
 
@@ -100,11 +94,14 @@ def plan(
     query: Any,
     key: Any,
     value: Any,
-    *,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
     out: str | Path | None = None,
+    return_lse: bool = False,
     q_start: int = 0,
     queries: tuple[int, int] | None = None,
     device: str = "auto",
@@ -112,17 +109,46 @@ def plan(
     host_memory: int | str | None = None,
     schedule: str = "auto",
     chunks: int | None = None,
+    run_dir: str | Path | None = None,
+    checkpoint_every_s: float | None = None,
+    max_seconds: float | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Plan:
     """Return what ``attention`` with the same options would do and need, reading nothing but shapes.
 
-    The plan may be over budget: see its ``fits``. Print it, or take its ``to_dict()``.
+    The plan may be over budget: see its ``fits``. Print it, or take its ``to_dict()``. Raises InputError, ArrayError.
     """
+    arrays, problem = _problem(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_start=q_start, queries=queries
+    )
+    options = Options(str(device), device_memory, host_memory, schedule, chunks, checkpoint_every_s, max_seconds)
+    return plan_run(problem, arrays, options, durable=out is not None)[0]
+
+
+def _problem(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *,
+    q_start: int,
+    queries: tuple[int, int] | None,
+) -> tuple[dict[str, TokenArray], Problem]:
+    if attn_mask is not None:
+        raise InputError("attn_mask: a mask in memory is not supported; take is_causal, q_start and queries")
+    if dropout_p != 0.0:
+        raise InputError(f"dropout_p {dropout_p}: not supported, the result is exact; leave it 0.0")
     arrays = open_inputs(query, key, value)
     problem = Problem.of(
         arrays["query"], arrays["key"], arrays["value"], scale=scale, causal=is_causal, q_start=q_start, queries=queries
     )
-    options = Options(device, device_memory, host_memory, schedule, chunks)
-    return plan_run(problem, arrays, options, durable=out is not None)[0]
+    if problem.group > 1 and not enable_gqa:
+        raise InputError(f"{problem.heads} query heads over {problem.kv_heads} key/value heads; set enable_gqa=True")
+    return arrays, problem
 
 
 def open_inputs(query: Any, key: Any, value: Any, *, fill_missing: bool = False) -> dict[str, TokenArray]:
@@ -165,7 +191,7 @@ class Run:
         sessions = _sessions(self.directory.events())
         last: dict[str, Any] = {**(sessions[-1] if sessions else {}), **self.directory.session()}
         plan = last.get("plan", {})
-        complete = rows_done == rows_total
+        complete = rows_done == rows_total and self._output_is_there()
         return {
             "complete": complete,
             "schedule": plan.get("schedule"),
@@ -201,11 +227,14 @@ class Run:
             fill_missing=self.manifest.fill_missing,
         )
         options = Options(max_seconds=max_seconds)
-        run_on_disk(self.manifest.problem, self._inputs(), options, target, observers, (signal.SIGINT,))
+        run_on_disk(self.manifest.problem, self._inputs(), options, target, observers, Stopper((signal.SIGINT,)))
         return self
 
     def verify(self, rows: int = 256, seed: int = 0) -> Verification:
-        """Compute sampled finished rows anew in float64 and compare. Raises InputError where no row is finished."""
+        """Compute sampled finished rows anew in float64 and compare.
+
+        Raises InputError where no row is finished, CqsaError where the output cannot be read.
+        """
         if rows < 1:
             raise InputError(f"rows {rows}; expected at least 1")
         problem, store = self.manifest.problem, self.directory.store(self.manifest)
@@ -213,12 +242,15 @@ class Run:
         if not any(finished):
             raise InputError(f"{self.directory.path}: no row is finished yet; resume the run first")
         last: dict[str, Any] = next((e for e in reversed(self.directory.events()) if e.get("event") == "started"), {})
-        lse = self.lse()
+        try:
+            out, lse = open_array(self.directory.output_path(self.manifest)), self.lse()
+        except ArrayError as error:
+            raise CqsaError(f"the output of the run cannot be read: {error}") from error
         on_cuda = "cuda" in str(last.get("options", {}).get("device"))
         return verify_rows(
             problem,
             self._inputs(),
-            open_array(self.directory.output_path(self.manifest)),
+            out,
             lambda batch, head, row: float(lse[batch, head, row].read().result()),
             finished,
             self.manifest.rows,
@@ -234,6 +266,11 @@ class Run:
     def lse(self) -> ts.TensorStore:
         """Return the log-sum-exp ``[batch, head, token]``, float32, opened."""
         return open_for_writing(self.directory.lse_path(self.manifest))
+
+    def _output_is_there(self) -> bool:
+        return all(
+            holds_array(p) for p in (self.directory.output_path(self.manifest), self.directory.lse_path(self.manifest))
+        )
 
     def _inputs(self) -> dict[str, TokenArray]:
         sources = {name: entry["source"] for name, entry in self.manifest.inputs.items()}

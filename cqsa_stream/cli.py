@@ -4,6 +4,7 @@ Data goes to stdout, messages and progress to stderr. Exit codes: 0 done; 1 fail
 resumable; 4 over budget; 5 locked; 6 another problem or other inputs; 130 Ctrl-C (resumable).
 """
 
+import errno
 import json
 import signal
 import sys
@@ -51,13 +52,26 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 def main() -> None:
     """Run the command line; every expected error becomes one line and its exit code."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None and not isinstance(error, OSError | MemoryError):
+        code = _exit_code(error)
+        if code is None:
             raise
-        print(f"cqsa: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1 if code is None else code)
+        usage = getattr(error, "format_message", None)  # what the parser has to say
+        print(f"cqsa: {' '.join((usage() if usage else str(error)).split())}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Return the exit code of an expected error, None for a defect."""
+    if type(error).__name__ == "Abort":
+        return 130
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 3
+    code: int | None = getattr(error, "exit_code", None)
+    return 1 if code is None and isinstance(error, OSError | MemoryError) else code
 
 
 @app.command()
@@ -145,26 +159,21 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Compute OUT, a Zarr v3 array; the same command again resumes."""
-    from cqsa_stream.execute import Target, run_on_disk
-    from cqsa_stream.observers import terminal_observer
-    from cqsa_stream.planning import Options
+    from cqsa_stream.stopping import Stopper
 
-    arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype)
-    options = Options(
-        device,
-        device_memory,
-        host_memory,
-        schedule,
-        chunks,
-        checkpoint_every_s=checkpoint_every,
-        max_seconds=max_seconds,
-    )
-    target = Target.of(
-        out, run_dir, lse=None if lse is None else lse.absolute(), fresh=fresh, fill_missing=fill_missing
-    )
-    watching = terminal_observer(as_json=as_json, quiet=quiet)
-    with _interruptible(target.run_dir):
-        run_on_disk(problem, arrays, options, target, watching, (signal.SIGINT, signal.SIGTERM))
+    stop = Stopper((signal.SIGINT, signal.SIGTERM))
+    with stop, _interruptible(out):  # from here on a signal is a request to stop at the first safe point
+        from cqsa_stream.execute import Target, run_on_disk
+        from cqsa_stream.observers import terminal_observer
+        from cqsa_stream.planning import Options
+
+        arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype)
+        options = Options(
+            device, device_memory, host_memory, schedule, chunks,
+            checkpoint_every_s=checkpoint_every, max_seconds=max_seconds,
+        )  # fmt: skip
+        target = Target.of(out, run_dir, lse, fresh=fresh, fill_missing=fill_missing)
+        run_on_disk(problem, arrays, options, target, terminal_observer(as_json=as_json, quiet=quiet), stop)
     if not quiet:
         print(f"cqsa: {out} is complete (run directory {target.run_dir})", file=sys.stderr)
 
@@ -232,18 +241,15 @@ def _query_range(text: str | None) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _interruptible(run_dir: Path) -> Iterator[None]:
+def _interruptible(out: Path) -> Iterator[None]:
     """Say how to go on after a stop; Ctrl-C is exit code 130."""
-    from cqsa_stream.errors import RunStopped
-
     try:
         yield
-    except RunStopped as error:
-        print(f"cqsa: {error}; the same command resumes (state in {run_dir})", file=sys.stderr)
-        sys.exit(130 if "SIGINT" in str(error) else error.exit_code)
-    except KeyboardInterrupt:
-        print("cqsa: interrupted before the first step; the same command begins or resumes", file=sys.stderr)
-        sys.exit(130)
+    except Exception as error:
+        if type(error).__name__ != "RunStopped":
+            raise
+        print(f"cqsa: {error}; the same command resumes {out}", file=sys.stderr)
+        sys.exit(130 if "SIGINT" in str(error) else 3)
 
 
 def _lines(fields: dict[str, Any]) -> str:

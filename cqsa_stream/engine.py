@@ -32,6 +32,8 @@ from cqsa_stream.storage.partials import PartialStore
 
 __all__ = ["Engine", "Job"]
 
+_REPORT_EVERY_S = 0.1
+
 
 @dataclass(frozen=True)
 class Job:
@@ -60,15 +62,18 @@ class Engine:
         layout = job.plan.layout
         self.tile = Tile(layout.tile_rows, layout.tile_columns, layout.leaf)
         self.covers = self._stored_covers()
+        scale = job.problem.scale
+        self.sign, self.scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
         self._last_checkpoint = time.monotonic()
+        self._last_report = 0.0
 
     def run(self) -> None:
         """Compute every pair that is not covered yet. Raises RunStopped after a checkpoint, or what went wrong."""
-        while unfinished := self._unfinished():
+        while self._unfinished():
             self._pass()
-            if self._unfinished() == unfinished:
-                raise RuntimeError("a whole pass over the schedule finished no row; this is a defect")
-            self.covers = self._stored_covers()  # partials found damaged on the way have lost their cover
+            before, self.covers = self.covers, self._stored_covers()  # a partial found damaged has lost its cover
+            if self._unfinished() and before == self.covers:
+                raise RuntimeError("a whole pass over the schedule computed nothing; this is a defect")
 
     def _stored_covers(self) -> list[dict[int, int | None]]:
         """Return, for each lane, the covers of the stored partials by row; None where the row is finished."""
@@ -137,6 +142,8 @@ class Engine:
             span, queries[row] = self.grid.rows.span(row), held.queries(place, row)
             for tokens in self._query_pieces(row):
                 stage.queries(next(stream), queries[row][:, tokens.start - span.start : tokens.stop - span.start])
+            if self.sign != 1.0:
+                queries[row].mul_(self.sign)  # kernels mask before they scale: only a positive scale keeps -inf
             held.partial(row, task.rows, lambda r: self.schedule.next_use(r, number))
         for column, rows in task.steps:
             for tokens in self._blocks(column):
@@ -156,9 +163,7 @@ class Engine:
         for call in self.problem.mask.calls(span, tokens, self.tile):
             rows = slice(call.rows.start - span.start, call.rows.stop - span.start)
             columns = slice(call.columns.start - tokens.start, call.columns.stop - tokens.start)
-            tile = self.job.kernel.attend(
-                queries[:, rows], key[:, columns], value[:, columns], call.mask, self.problem.scale
-            )
+            tile = self.job.kernel.attend(queries[:, rows], key[:, columns], value[:, columns], call.mask, self.scale)
             fold(partial.out[:, rows], partial.lse[:, rows], *tile)
             del tile  # before the next call makes its own
 
@@ -184,7 +189,9 @@ class Engine:
     def _safe_point(self, held: HeldRows, lane: int, column: int, rows: tuple[int, ...]) -> None:
         """Between two columns: report, checkpoint where it is due, stop where that is asked."""
         self.job.meter.pairs_computed(rows, column)
-        self.job.observer(Progressed(self.job.meter.figures()))
+        if time.monotonic() - self._last_report >= _REPORT_EVERY_S:
+            self._last_report = time.monotonic()
+            self.job.observer(Progressed(self.job.meter.figures()))
         reason = self.job.stop()
         due = time.monotonic() - self._last_checkpoint >= self.job.checkpoint_every_s
         if self.job.store is not None and (reason or due):
@@ -193,7 +200,7 @@ class Engine:
             self._last_checkpoint = time.monotonic()
             figures = self.job.meter.figures()
             self.job.observer(Checkpointed(self._last_checkpoint - start, count, figures))
-        if reason:
+        if reason and self._unfinished():
             raise RunStopped(reason)
 
 

@@ -2,10 +2,10 @@
 
 import os
 import shutil
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import tensorstore as ts
@@ -13,7 +13,7 @@ import torch
 
 from cqsa_stream.allocator import returning_freed_memory
 from cqsa_stream.engine import Engine, Job
-from cqsa_stream.errors import InputError, MismatchError
+from cqsa_stream.errors import ArrayError, InputError, LockedError, MismatchError
 from cqsa_stream.events import Ended, Observer, Started
 from cqsa_stream.kernels import kernel_for
 from cqsa_stream.meter import HostPeak, Meter
@@ -26,7 +26,7 @@ from cqsa_stream.sinks import MemorySink, Sink, ZarrSink
 from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray
 from cqsa_stream.storage.fingerprint import fingerprint
-from cqsa_stream.storage.output import create_array, open_for_writing
+from cqsa_stream.storage.output import create_array, holds_array, open_for_writing
 from cqsa_stream.storage.partials import PartialStore
 
 __all__ = ["CHECKPOINT_EVERY_S", "Target", "run_in_memory", "run_on_disk"]
@@ -45,11 +45,20 @@ class Target:
     fill_missing: bool = False
 
     @classmethod
-    def of(cls, out: str | Path, run_dir: str | Path | None, **more: object) -> "Target":
+    def of(
+        cls,
+        out: str | Path,
+        run_dir: str | Path | None,
+        lse: str | Path | None = None,
+        fresh: bool = False,
+        fill_missing: bool = False,
+    ) -> "Target":
         """The run directory is ``OUT.run`` beside the output where none is named."""
-        path = Path(out).absolute()
+        path = Path(os.path.abspath(out))  # noqa: PTH100 - Path.absolute keeps ".."
         beside = path.with_name(path.name + ".run")
-        return cls(path, beside if run_dir is None else Path(run_dir).absolute(), **more)  # type: ignore[arg-type]
+        directory = beside if run_dir is None else Path(os.path.abspath(run_dir))  # noqa: PTH100
+        lse_path = None if lse is None else Path(os.path.abspath(lse))  # noqa: PTH100
+        return cls(path, directory, lse_path, fresh, fill_missing)
 
 
 def run_in_memory(
@@ -64,11 +73,10 @@ def run_in_memory(
     host = HostPeak()
     plan, device = plan_run(problem, arrays, options, durable=False)
     refuse_over_budget(plan)
-    for array in arrays.values():
-        array.check()
+    _check(arrays)
     sink = MemorySink(problem, with_lse=with_lse)
     session = _Session(problem, plan, device, arrays, sink, None, host, options)
-    session.run(everyone(observers), signals=())
+    session.run(everyone(observers), Stopper(()))
     return sink
 
 
@@ -78,11 +86,12 @@ def run_on_disk(
     options: Options,
     target: Target,
     observers: Sequence[Observer],
-    signals: tuple[signal.Signals, ...],
+    stop: Stopper,
 ) -> RunDirectory:
     """Begin a run, or resume it, to its end; a finished one is left as it is. Raises the errors of errors.py."""
     host = HostPeak()
     directory = RunDirectory(target.run_dir)
+    options.check(problem)
     _refuse_overlap(target, arrays)
     if directory.begun and not target.fresh:
         _refuse_differences(directory.manifest(), directory, target, problem, options)
@@ -97,27 +106,28 @@ def run_on_disk(
                 problem, arrays, options, durable=True, grid=manifest.grid, out_tokens=manifest.out_tokens
             )
             refuse_over_budget(plan)
-            _durable_session(directory, manifest, plan, device, arrays, options, observers, signals, host)
+            _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host)
         return directory
     _refuse_occupied(target, directory)
     plan, device = plan_run(problem, arrays, options, durable=True)
     refuse_over_budget(plan)
-    for array in arrays.values():
-        array.check()
+    _check(arrays)
     prints = _fingerprints(arrays)
     with directory.locked():
         if target.fresh:
             _discard(directory)
+        elif directory.begun:
+            raise LockedError(f"{directory.path}: another process has just begun this run; the same command resumes it")
         manifest = _manifest(problem, plan, arrays, prints, target)
         directory.begin(manifest)
-        _durable_session(directory, manifest, plan, device, arrays, options, observers, signals, host)
+        _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host)
     return directory
 
 
 def is_complete(directory: RunDirectory) -> bool:
     """Return whether every row of the run is finished, by what is on disk."""
     manifest = directory.manifest()
-    if not directory.output_path(manifest).exists() or not directory.lse_path(manifest).exists():
+    if not holds_array(directory.output_path(manifest)) or not holds_array(directory.lse_path(manifest)):
         return False
     store = directory.store(manifest)
     rows = sum(1 for a in range(manifest.rows.chunks) if manifest.rows.span(a))
@@ -137,11 +147,12 @@ class _Session:
     host: HostPeak
     options: Options
 
-    def run(self, observer: Observer, signals: tuple[signal.Signals, ...]) -> None:
+    def run(self, observer: Observer, stop: Stopper) -> None:
         """Run the engine between the events that open and close a session."""
         meter = Meter(self.problem, self.plan.grid, self.arrays, self.store, self.sink, self.device, self.host)
         every = self.options.checkpoint_every_s
-        with Stopper(self.options.max_seconds, signals) as stop, _on(self.device), returning_freed_memory():
+        stop.begin(self.options.max_seconds)
+        with stop, _on(self.device), returning_freed_memory():
             engine = Engine(
                 Job(
                     problem=self.problem,
@@ -176,7 +187,7 @@ def _durable_session(
     arrays: dict[str, TokenArray],
     options: Options,
     observers: Sequence[Observer],
-    signals: tuple[signal.Signals, ...],
+    stop: Stopper,
     host: HostPeak,
 ) -> None:
     store = directory.store(manifest)
@@ -192,7 +203,7 @@ def _durable_session(
     )
     log = EventLog(directory, asdict(used))
     session = _Session(manifest.problem, plan, device, arrays, sink, store, host, options)
-    session.run(everyone((log, *observers)), signals)
+    session.run(everyone((log, *observers)), stop)
 
 
 def _output_arrays(
@@ -204,12 +215,12 @@ def _output_arrays(
         directory.output_path(manifest): (problem.out_shape, problem.out_dtype, (1, 1, tokens, problem.value_dim)),
         directory.lse_path(manifest): (problem.out_shape[:3], "float32", (1, 1, manifest.rows.chunk_tokens)),
     }
-    if not all(path.exists() for path in wanted):
+    if not all(holds_array(path) for path in wanted):
         store.forget_finished(problem.lanes)
     opened = []
     for path, (shape, dtype, chunk) in wanted.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        array = open_for_writing(path) if path.exists() else create_array(path, shape, dtype, chunk)
+        array = open_for_writing(path) if holds_array(path) else create_array(path, shape, dtype, chunk)
         found = (tuple(array.shape), array.dtype.name, tuple(array.chunk_layout.write_chunk.shape or ()))
         if found != (shape, dtype, chunk):
             raise MismatchError(f"{path}: shape, dtype, chunks {found}; this run wrote {(shape, dtype, chunk)}")
@@ -231,6 +242,14 @@ def _manifest(
         lse=os.path.relpath(lse, target.run_dir),
         fill_missing=target.fill_missing,
     )
+
+
+def _check(arrays: dict[str, TokenArray]) -> None:
+    for name, array in arrays.items():
+        try:
+            array.check()
+        except ArrayError as error:
+            raise ArrayError(f"{name}: {error}") from error
 
 
 def _fingerprints(arrays: dict[str, TokenArray]) -> dict[str, str]:
@@ -256,19 +275,27 @@ def _refuse_overlap(target: Target, arrays: dict[str, TokenArray]) -> None:
             continue
         source = Path(array.source).resolve()
         for kind, path in places.items():
-            place = path.resolve()
-            if place == source or source in place.parents or place in source.parents:
+            if _nested(path, source):
                 raise InputError(f"{kind} {path} overlaps the {name} array {source}; name another place")
-    if target.out.resolve() in target.run_dir.resolve().parents or target.out.resolve() == target.run_dir.resolve():
-        raise InputError(f"run directory {target.run_dir} lies inside the output; name another place")
+    for (kind, path), (other, place) in combinations(places.items(), 2):
+        if _nested(path, place) and path != target.run_dir / "lse.zarr" != place:
+            raise InputError(f"{kind} {path} overlaps the {other} {place}; name another place")
+    for kind, path in places.items():
+        parent = next(p for p in path.parents if p.exists())
+        if not parent.is_dir() or (path.is_symlink() and not path.exists()):
+            raise InputError(f"{kind} {path}: {parent} is no directory, or the link leads nowhere; name another path")
+
+
+def _nested(a: Path, b: Path) -> bool:
+    a, b = a.resolve(), b.resolve()
+    return a == b or a in b.parents or b in a.parents
 
 
 def _refuse_occupied(target: Target, directory: RunDirectory) -> None:
     """Nothing that this run did not write is ever overwritten."""
-    ours: set[Path] = set()
-    if directory.begun:
-        manifest = directory.manifest()
-        ours = {directory.output_path(manifest), directory.lse_path(manifest)}
+    ours = set(_results(directory))
+    if directory.path.exists() and not directory.path.is_dir():
+        raise InputError(f"{directory.path} exists and is no directory; name another --run-dir")
     for path in (target.out, target.lse):
         if path is not None and path.exists() and path not in ours:
             raise InputError(f"{path} exists and is no result of the run in {directory.path}; name another path")
@@ -278,9 +305,15 @@ def _refuse_occupied(target: Target, directory: RunDirectory) -> None:
             raise InputError(
                 f"{directory.path} exists and holds no run but {sorted(foreign)[:3]}; name another --run-dir"
             )
-    parent = next(p for p in target.out.parents if p.exists())
-    if not parent.is_dir():
-        raise InputError(f"{target.out}: {parent} is no directory; name another path")
+
+
+def _results(directory: RunDirectory) -> list[Path]:
+    """Return the output and lse of the run, as far as its manifest can be read."""
+    try:
+        manifest = directory.manifest()
+    except InputError:
+        return []
+    return [directory.output_path(manifest), directory.lse_path(manifest)]
 
 
 def _refuse_differences(
@@ -312,10 +345,7 @@ def _refuse_changed_inputs(manifest: Manifest, prints: dict[str, str]) -> None:
 
 def _discard(directory: RunDirectory) -> None:
     """Remove what an earlier run left, its output included."""
-    if not directory.begun:
-        return
-    manifest = directory.manifest()
-    for path in (directory.output_path(manifest), directory.lse_path(manifest), directory.path / "partials"):
+    for path in {*_results(directory), directory.path / "lse.zarr", directory.path / "partials"}:
         if path.exists():
             shutil.rmtree(path)
     for name in ("run.json", "events.jsonl", "session.json"):

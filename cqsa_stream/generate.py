@@ -46,8 +46,10 @@ def generate(
         raise InputError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if codec not in CODECS:
         raise InputError(f"codec {codec!r}; expected one of {', '.join(CODECS)}")
-    if seed < 0:
-        raise InputError(f"seed {seed}; expected at least 0")
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed {seed}; expected 0 to 2^64 - 1")
+    if not next(p for p in (directory, *directory.absolute().parents) if p.exists()).is_dir():
+        raise InputError(f"{directory}: no directory can be made there; name another")
     paths = [directory / f"{name}.zarr" for name in "qkv"]
     for path in paths:
         if path.exists():

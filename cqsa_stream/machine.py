@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from functools import cache
 
 import psutil
@@ -22,7 +23,7 @@ _DEVICE_RESERVED_BYTES = 64 << 20
 _FREE_SHARE = 0.8
 
 
-def parse_size(size: int | str | None, name: str) -> int | None:
+def parse_size(size: float | str | None, name: str) -> int | None:
     """Return bytes from a number or from "4GiB", "512MiB", "4e9". Raises InputError."""
     if size is None:
         return None
@@ -30,10 +31,10 @@ def parse_size(size: int | str | None, name: str) -> int | None:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kmgt]i?)?b?\s*", size, re.IGNORECASE)
         if match is None:
             raise InputError(f'{name} {size!r}: no size; expected bytes or a number with a unit, as "4GiB" or "512MiB"')
-        size = int(float(match[1]) * _UNITS[(match[2] or "").lower()])
-    if size <= 0:
-        raise InputError(f"{name} {size}; expected more than 0 bytes")
-    return size
+        size = float(match[1]) * _UNITS[(match[2] or "").lower()]
+    if not 1 <= size < 2**63:
+        raise InputError(f"{name} {size}; expected 1 byte to 8 EiB")
+    return int(size)
 
 
 def choose_device(name: str) -> torch.device:
@@ -57,14 +58,16 @@ def describe(device: torch.device, problem: Problem, device_memory: int | None, 
     if device.type == "cpu" and device_memory is not None:
         raise InputError("device_memory with device cpu: there is one pool there; give host_memory alone")
     dtype = getattr(torch, problem.dtype)
+    nominal = 5e10 * torch.get_num_threads() if device.type == "cpu" else 3e13 if dtype == torch.float32 else 4e14
+    rates = Rates(nominal, read_bytes_per_s=1e9, write_bytes_per_s=5e8, commit_s=0.02, call_s=1e-4)
     flops = _measured_flops(str(device), problem.dtype, problem.head_dim, problem.value_dim)
-    rates = Rates(flops, read_bytes_per_s=1e9, write_bytes_per_s=5e8, commit_s=0.02, call_s=1e-4)
+    measured = replace(rates, flops_per_s=flops)
     host = int(psutil.virtual_memory().available * _FREE_SHARE) if host_memory is None else host_memory
     reserved = _HOST_RESERVED_BYTES[device.type] + _THREAD_BYTES * torch.get_num_threads()
     if device.type == "cpu":
         return Machine(
             device="cpu", device_allowed_bytes=None, host_allowed_bytes=host, device_reserved_bytes=0,
-            host_reserved_bytes=reserved, rates=rates, tile_rows=16_384, tile_columns=4_096,
+            host_reserved_bytes=reserved, rates=rates, measured=measured, tile_rows=16_384, tile_columns=4_096,
             leaf=1_024, block_tokens=8_192, column_tokens=16_384, step_flops=2e11,
         )  # fmt: skip
     if device_memory is None:
@@ -72,7 +75,7 @@ def describe(device: torch.device, problem: Problem, device_memory: int | None, 
     plain = dtype == torch.float32  # its scores are written out: small tiles
     return Machine(
         device="cuda", device_allowed_bytes=device_memory, host_allowed_bytes=host,
-        device_reserved_bytes=_DEVICE_RESERVED_BYTES, host_reserved_bytes=reserved, rates=rates,
+        device_reserved_bytes=_DEVICE_RESERVED_BYTES, host_reserved_bytes=reserved, rates=rates, measured=measured,
         tile_rows=2_048 if plain else 65_536, tile_columns=2_048 if plain else 65_536,
         leaf=2_048 if plain else 65_536, block_tokens=65_536, column_tokens=131_072, step_flops=1e13 if plain else 1e15,
     )  # fmt: skip

@@ -77,6 +77,7 @@ class Meter:
         """Count anew what is done, from the covers of the stored partials."""
         self.finished = [{row for row, cover in lane.items() if cover is None} for lane in covers]
         self.pairs_done = self.flops_done = 0
+        self.tokens_done = tokens_done(self.problem, self.grid, self.finished)
         for lane in covers:
             for row, cover in lane.items():
                 pairs, flops = covered(self.problem, self.grid, row, cover)
@@ -95,6 +96,7 @@ class Meter:
 
     def row_finished(self, lane: int, row: int) -> None:
         self.finished[lane].add(row)
+        self.tokens_done += self.problem.group * len(self.grid.rows.span(row))
 
     def figures(self) -> Figures:
         stored_read, stored_written = (self._store.bytes_read, self._store.bytes_written) if self._store else (0, 0)
@@ -103,7 +105,7 @@ class Meter:
             pairs_total=self.grid.pairs * self.problem.lanes,
             rows_done=self.rows_done,
             rows_total=self.rows_total,
-            tokens_done=tokens_done(self.problem, self.grid, self.finished),
+            tokens_done=self.tokens_done,
             flops_done=self.flops_done,
             flops_total=self.problem.flops,
             session_s=time.monotonic() - self._started,
@@ -120,10 +122,7 @@ class Meter:
         return torch.cuda.max_memory_allocated(self._device) - self._device_before
 
     def _array_bytes(self) -> int:
-        """TensorStore counts for the whole process, so one of its arrays speaks for all."""
-        direct = sum(array.bytes_read for array in self._arrays if not hasattr(array, "store"))
-        shared = max((array.bytes_read for array in self._arrays if hasattr(array, "store")), default=0)
-        return direct + shared
+        return sum(array.bytes_read for array in self._arrays)
 
 
 def covered(problem: Problem, grid: Grid, row: int, cover: int | None) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -100,7 +101,7 @@ class JsonLines:
 
 
 class EventLog:
-    """Keeps a run directory's event log and its latest figures."""
+    """Keeps a run directory's event log and its latest figures: news, not state, so a full disk does not end a run."""
 
     def __init__(self, directory: RunDirectory, options: dict[str, object], every_s: float = 1.0) -> None:
         self._directory, self._options, self._every_s = directory, options, every_s
@@ -111,6 +112,10 @@ class EventLog:
         if isinstance(event, Progressed) and now - self._last < self._every_s:
             return
         self._last = now
+        with suppress(OSError):
+            self._write(event)
+
+    def _write(self, event: Event) -> None:
         figures = asdict(event.figures)
         self._directory.write_session({"ended": isinstance(event, Ended), **figures})
         if isinstance(event, Started):

@@ -12,7 +12,8 @@ from cqsa_stream.problem import Problem, dtype_bytes
 from cqsa_stream.schedulers.costs import Stored
 from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.memory import Workload
-from cqsa_stream.schedulers.planner import Plan, Request, make_plan
+from cqsa_stream.schedulers.planner import MOST_CHUNKS, Plan, Request, make_plan
+from cqsa_stream.schedulers.quorums import quorum_size
 from cqsa_stream.storage.arrays import TokenArray
 
 __all__ = ["Options", "plan_run", "refuse_over_budget"]
@@ -32,8 +33,16 @@ class Options:
     checkpoint_every_s: float | None = None
     max_seconds: float | None = None
 
-    def check(self) -> None:
-        """Raises InputError where a value cannot be."""
+    def check(self, problem: Problem) -> None:
+        """Raises InputError where a value cannot be, for this problem."""
+        choose_device(self.device or "auto")
+        if self.chunks is not None and (not isinstance(self.chunks, int) or not 0 < self.chunks <= MOST_CHUNKS):
+            raise InputError(f"chunks {self.chunks!r}; expected a whole number, 1 to {MOST_CHUNKS}")
+        if self.chunks is not None and problem.same_positions:
+            try:
+                quorum_size(self.chunks)
+            except ValueError as error:
+                raise InputError(str(error)) from error
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise InputError(f"schedule {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
         for name in ("checkpoint_every_s", "max_seconds"):
@@ -54,7 +63,7 @@ def plan_run(
     out_tokens: int | None = None,
 ) -> tuple[Plan, torch.device]:
     """Return the plan, over budget or not, and the device it is for. Raises InputError."""
-    options.check()
+    options.check(problem)
     device = choose_device(options.device or "auto")
     machine = describe(
         device,

@@ -1,6 +1,7 @@
 """The problem: what is to be computed, checked before anything runs."""
 
 import math
+import operator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -97,7 +98,11 @@ class Problem:
             raise InputError(f"{heads} query heads over {kv_heads} key/value heads; expected a multiple")
         if scale is not None and not math.isfinite(scale):
             raise InputError(f"scale {scale}; expected a finite number")
-        first, stop = (0, query_tokens) if queries is None else queries
+        try:
+            first, stop = (0, query_tokens) if queries is None else map(operator.index, queries)
+            q_start = operator.index(q_start)
+        except TypeError as error:
+            raise InputError(f"queries {queries}, q_start {q_start}: expected whole numbers") from error
         if not 0 <= first < stop <= query_tokens:
             raise InputError(f"queries {first}:{stop}; expected 0 <= A < B <= {query_tokens} (the query tokens)")
         return cls(
@@ -111,7 +116,7 @@ class Problem:
             dtype=query.dtype,
             out_dtype=out_dtype or query.dtype,
             scale=head_dim**-0.5 if scale is None else float(scale),
-            causal=causal,
+            causal=bool(causal),
             q_start=q_start,
             first_query=first,
             queries=stop - first,

@@ -173,9 +173,16 @@ class RunDirectory:
     def append_event(self, event: dict[str, Any]) -> None:
         """Append one line to the event log, durably."""
         with (self.path / "events.jsonl").open("ab") as file:
-            file.write(json.dumps({"time": time.time(), **event}).encode() + b"\n")
+            torn = b"" if self._log_ends_well() else b"\n"
+            file.write(torn + json.dumps({"time": time.time(), **event}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _log_ends_well(self) -> bool:
+        with (self.path / "events.jsonl").open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            return file.read(1) in (b"", b"\n")
 
     def events(self) -> list[dict[str, Any]]:
         """Return the event log; a last line that a crash cut short is left out."""

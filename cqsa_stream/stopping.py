@@ -10,15 +10,24 @@ __all__ = ["Stopper"]
 
 
 class Stopper:
-    """Called between steps; gives the reason to stop, or None. As a context manager it listens to signals."""
+    """Called between steps; gives the reason to stop, or None. As a context manager, entered once or twice, it listens.
 
-    def __init__(self, max_seconds: float | None, signals: tuple[signal.Signals, ...]) -> None:
-        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
-        self._max_seconds = max_seconds
+    The time limit counts from ``begin``.
+    """
+
+    def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
+        self._deadline: float | None = None
+        self._max_seconds: float | None = None
         listening = threading.current_thread() is threading.main_thread()
         self._signals = signals if listening else ()
         self._before: dict[signal.Signals, Any] = {}
+        self._depth = 0
         self.received: signal.Signals | None = None
+
+    def begin(self, max_seconds: float | None) -> None:
+        """Start the clock."""
+        self._max_seconds = max_seconds
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
 
     def __call__(self) -> str | None:
         if self.received is not None:
@@ -28,13 +37,16 @@ class Stopper:
         return None
 
     def __enter__(self) -> "Stopper":
-        for number in self._signals:
+        self._depth += 1
+        for number in self._signals if self._depth == 1 else ():
             self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)

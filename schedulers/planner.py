@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import Any
 
 from cqsa_stream.schedulers.costs import Cost, Rates, Stored, cost
@@ -11,13 +11,15 @@ from cqsa_stream.schedulers.memory import Footprint, Layout, Workload, footprint
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
 from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule
 
-__all__ = ["Machine", "Plan", "Request", "make_plan", "make_schedule"]
+__all__ = ["MOST_CHUNKS", "Machine", "Plan", "Request", "make_plan", "make_schedule"]
 
 _TIE = (
     1.02  # schedules whose seconds differ by less are equal: then CQS if nothing spills, its tasks being free to move
 )
-_MOST_CHUNKS = 10_303
+MOST_CHUNKS = 100_000
+_CHOSEN_CHUNKS = 10_303  # the most that the planner takes by itself
 _OUT_CHUNK_BYTES = 4 << 20
+_LEAST_OUT_CHUNK_BYTES = 64 << 10
 _SMALLEST_BLOCK = 64
 _GRIDS_WEIGHED = 3  # of those that fit, the fewest chunks first: more cost more
 
@@ -26,7 +28,8 @@ _GRIDS_WEIGHED = 3  # of those that fit, the fewest chunks first: more cost more
 class Machine:
     """A device as the planner sees it: budgets in bytes, rates, and the shapes that its kernel likes, in tokens.
 
-    ``step_flops`` bounds the work between two moments at which a run can stop.
+    A plan is chosen by ``rates``, which are the same from day to day, so that the same command makes the same plan; its
+    seconds are told by ``measured``. ``step_flops`` bounds the work between two moments at which a run can stop.
     """
 
     device: str
@@ -35,6 +38,7 @@ class Machine:
     device_reserved_bytes: int
     host_reserved_bytes: int
     rates: Rates
+    measured: Rates
     tile_rows: int
     tile_columns: int
     leaf: int
@@ -151,6 +155,8 @@ def make_plan(request: Request, machine: Machine) -> Plan:
     ``candidates`` holds the best of each schedule weighed. Raises ValueError where a forced schedule or number of
     chunks cannot be.
     """
+    if request.chunks is not None and request.chunks > MOST_CHUNKS:
+        raise ValueError(f"{request.chunks} chunks; expected at most {MOST_CHUNKS}")
     if request.schedule == "cqs":
         _refuse_cqs_where_positions_differ(request)
     names = ["cqs", "rectangular"] if request.schedule == "auto" else [request.schedule]
@@ -158,6 +164,7 @@ def make_plan(request: Request, machine: Machine) -> Plan:
         names = ["rectangular"]
     best = {name: _best(request, machine, name) for name in names}
     candidates = tuple(best.values())
+    told = {id(plan): _told(plan, request, machine) for plan in candidates}
     fitting = [plan for plan in candidates if plan.fits]
     if fitting:
         fastest = min(plan.cost.seconds for plan in fitting)
@@ -165,7 +172,7 @@ def make_plan(request: Request, machine: Machine) -> Plan:
         chosen = next((plan for plan in equal if not plan.cost.spills), equal[0])
     else:
         chosen = min(candidates, key=lambda plan: plan.footprint.host_bytes + plan.footprint.device_bytes)
-    return replace(chosen, candidates=candidates)
+    return replace(told[id(chosen)], candidates=tuple(told.values()))
 
 
 def _refuse_cqs_where_positions_differ(request: Request) -> None:
@@ -217,7 +224,7 @@ def _same_position_chunks(request: Request, machine: Machine) -> list[int]:
     if request.chunks is not None:
         quorum_size(request.chunks)
         return [request.chunks]
-    numbers = list(takewhile(lambda c: c <= _MOST_CHUNKS, singer_numbers()))
+    numbers = list(takewhile(lambda c: c <= _CHOSEN_CHUNKS, singer_numbers()))
     useful = [c for c in numbers if c <= max(7, request.keys)]
     quick = [
         c for c in useful if _pair_flops(request, -(-request.keys // c), -(-request.keys // c)) <= machine.step_flops
@@ -250,15 +257,17 @@ def _layouts(request: Request, machine: Machine, name: str, grid: Grid) -> Itera
     filled = sum(1 for needed in grid.needed if needed) or 1
     block = min(grid.columns.chunk_tokens, machine.block_tokens)
     while True:
-        for slots in (6, 4):
-            least = _layout(request, machine, name, grid, filled, block, slots)
+        for slots, out in product((6, 4), _out_tokens(request, machine, grid)):
+            least = _layout(request, machine, name, grid, filled, block, slots, out)
             yield _grown(request, machine, name, grid, filled, least)
         if block <= _SMALLEST_BLOCK:
             return
         block = max(_SMALLEST_BLOCK, -(-block // 2))
 
 
-def _layout(request: Request, machine: Machine, name: str, grid: Grid, filled: int, block: int, slots: int) -> Layout:
+def _layout(
+    request: Request, machine: Machine, name: str, grid: Grid, filled: int, block: int, slots: int, out: int
+) -> Layout:
     rows = quorum_size(grid.rows.chunks) if name == "cqs" else 1
     whole = name == "cqs" and not request.work.durable  # partials that cannot leave memory must all fit in it
     return Layout(
@@ -269,7 +278,7 @@ def _layout(request: Request, machine: Machine, name: str, grid: Grid, filled: i
         tile_rows=machine.tile_rows,
         tile_columns=min(machine.tile_columns, block),
         leaf=min(machine.leaf, block),
-        out_tokens=_out_tokens(request, machine, grid),
+        out_tokens=out,
     )
 
 
@@ -308,15 +317,29 @@ def _footprint(request: Request, machine: Machine, grid: Grid, layout: Layout) -
     )
 
 
-def _out_tokens(request: Request, machine: Machine, grid: Grid) -> int:
-    """Return the tokens of one stored output chunk: it divides the row chunk and is small beside the budget."""
+def _out_tokens(request: Request, machine: Machine, grid: Grid) -> list[int]:
+    """Return the tokens of one stored output chunk to weigh, dividing the row chunk: 4 MiB's worth or what is small
+    beside the budget; and, so that the least a plan needs does not depend on the budget, 64 KiB's worth.
+    """
     if request.out_tokens is not None:
-        return request.out_tokens
-    tokens = grid.rows.chunk_tokens
-    most = min(_OUT_CHUNK_BYTES, machine.host_allowed_bytes // 64)
-    while tokens % 2 == 0 and tokens * request.work.value_dim * request.work.out_itemsize > most:
-        tokens //= 2
-    return tokens
+        return [request.out_tokens]
+    sizes = []
+    for most in (min(_OUT_CHUNK_BYTES, machine.host_allowed_bytes // 64), _LEAST_OUT_CHUNK_BYTES):
+        tokens = grid.rows.chunk_tokens
+        while tokens % 2 == 0 and tokens * request.work.value_dim * request.work.out_itemsize > most:
+            tokens //= 2
+        sizes.append(tokens)
+    return sizes
+
+
+def _told(plan: Plan, request: Request, machine: Machine) -> Plan:
+    """Return the plan with its seconds as this machine was measured."""
+    schedule = make_schedule(plan.schedule, plan.grid, plan.layout.rows_per_task)
+    return replace(plan, cost=_cost(request, plan.grid, schedule, plan.layout, machine.measured))
+
+
+def _cost(request: Request, grid: Grid, schedule: Schedule, layout: Layout, rates: Rates) -> Cost:
+    return cost(request.work, grid, schedule, layout, rates, request.arrays, request.first_query)
 
 
 def _price(request: Request, machine: Machine, name: str, grid: Grid, layout: Layout) -> Plan:
@@ -328,7 +351,7 @@ def _price(request: Request, machine: Machine, name: str, grid: Grid, layout: La
         tasks=len(schedule) * request.work.lanes,
         pairs=grid.pairs * request.work.lanes,
         flops=request.work.flops,
-        cost=cost(request.work, grid, schedule, layout, machine.rates, request.arrays, request.first_query),
+        cost=_cost(request, grid, schedule, layout, machine.rates),
         footprint=_footprint(request, machine, grid, layout),
         device_allowed_bytes=machine.device_allowed_bytes,
         host_allowed_bytes=machine.host_allowed_bytes,

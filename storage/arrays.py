@@ -104,6 +104,8 @@ def _open_path(source: str, fill_missing: bool) -> TokenArray:
 def _zarr_metadata(path: Path) -> dict[str, Any]:
     """Return what describes the array stored in a directory, checked so far as to be believed."""
     name = next((name for name in ("zarr.json", ".zarray") if (path / name).is_file()), None)
+    if name is None and (path / ".zgroup").is_file():
+        raise ArrayError(f"{path}: a Zarr group, not an array; name an array inside it")
     if name is None:
         raise ArrayError(f"{path}: no array (neither zarr.json nor .zarray inside); expected a Zarr v2 or v3 array")
     try:

@@ -30,6 +30,8 @@ class MemoryArray:
         """Take a torch tensor, without a copy where it is on the CPU; bfloat16 becomes ml_dtypes' type of that name."""
         import torch
 
+        if tensor.layout != torch.strided:
+            raise ArrayError(f"a tensor of layout {tensor.layout}; expected a dense (strided) one")
         host = tensor.detach().cpu()
         if host.dtype == torch.bfloat16:
             return cls(host.view(torch.uint16).numpy().view(ml_dtypes.bfloat16))

@@ -1,7 +1,6 @@
 """Writing arrays that every Zarr reader opens: Zarr v3, crc32c, named dimensions, every chunk stored and fsynced."""
 
 import errno
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import tensorstore as ts
 from cqsa_stream.storage.errors import ArrayError, FullDiskError
 from cqsa_stream.storage.tensorstore_array import clean_message, context
 
-__all__ = ["DIMENSIONS", "create_array", "open_for_writing", "remove_array", "write"]
+__all__ = ["DIMENSIONS", "create_array", "holds_array", "open_for_writing", "write"]
 
 DIMENSIONS = ("batch", "head", "token", "feature")
 _CODECS: dict[str, list[dict[str, Any]]] = {
@@ -63,9 +62,9 @@ def write(target: ts.TensorStore, values: np.ndarray) -> None:
         raise OSError(message) from error
 
 
-def remove_array(path: Path) -> None:
-    """Remove an array directory."""
-    shutil.rmtree(path)
+def holds_array(path: Path) -> bool:
+    """Return whether an array was created here; a directory alone may be what a crash left of creating one."""
+    return (path / "zarr.json").exists()
 
 
 def _open(spec: dict[str, Any], path: Path, *, create: bool) -> ts.TensorStore:

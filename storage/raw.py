@@ -76,7 +76,7 @@ class RawArray:
             described = _describe_v3(metadata) if metadata.get("zarr_format") == 3 else _describe_v2(metadata)
             dtype, chunks, encoding, separator, trailer = described or ("", [], "", "", 0)
             shape = tuple(metadata["shape"])
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError, ValueError):
             return None  # TensorStore will say what is wrong with it
         if dtype not in _ZARR_DTYPES or len(chunks) != 4 or len(shape) != 4 or chunks[3] != shape[3]:
             return None

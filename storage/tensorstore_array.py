@@ -34,12 +34,6 @@ def clean_message(error: Exception) -> str:
     return re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0]
 
 
-def bytes_fetched() -> int:
-    """Return the bytes that TensorStore has read in this process, from any key-value store."""
-    metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/")
-    return sum(int(m["values"][0]["value"]) for m in metrics if m["name"].endswith("/bytes_read") and m["values"])
-
-
 class TensorStoreArray:
     """Fetches whole stored chunks, a few at a time, and copies what was asked for into the caller's buffer."""
 
@@ -56,14 +50,15 @@ class TensorStoreArray:
         self._in_flight = max(1, _IN_FLIGHT_BYTES // max(1, chunk_bytes))
         chunks = math.prod(-(-n // m) for n, m in zip(self.shape, self.stored_chunk, strict=True))
         self.staging_bytes = 2 * min(self._in_flight, chunks) * chunk_bytes  # as stored, and decoded
-        self._bytes_before = bytes_fetched()
+        self._row_bytes = self.shape[-1] * store.dtype.numpy_dtype.itemsize if self.shape else 0
+        self.bytes_read = 0  # of the stored chunks fetched, decoded
 
     @classmethod
     def open(cls, source: str, fill_missing: bool, layout: RawArray | None = None) -> "TensorStoreArray":
         """Open a directory or URL. Raises ArrayError in TensorStore's words."""
-        url = source if "://" in source else f"file://{source}/"
+        kvstore = source if "://" in source else {"driver": "file", "path": f"{source}/"}
         try:
-            found = ts.open({"driver": "auto", "kvstore": url}, context=context(), read=True).result()
+            found = ts.open({"driver": "auto", "kvstore": kvstore}, context=context(), read=True).result()
             return cls.of_store(found, fill_missing, source, layout)
         except (ValueError, OSError) as error:
             raise ArrayError(f"{source}: {clean_message(error)}") from error
@@ -84,11 +79,6 @@ class TensorStoreArray:
             store = store[ts.d[:].translate_to[0]]
         return cls(store, source or (str(Path(path)) if path else "memory"), layout)
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes fetched by all of TensorStore in this process since the array was opened."""
-        return bytes_fetched() - self._bytes_before
-
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
         pending: deque[ts.WriteFutures] = deque()
         try:
@@ -101,6 +91,7 @@ class TensorStoreArray:
                 ]
                 piece = self.store[batch, head.start : head.stop, token.start : token.stop]
                 pending.append(ts.array(place, copy=False, write=True).write(piece))
+                self.bytes_read += self._fetched(head, token)
             while pending:
                 pending.popleft().result()
         except (ValueError, OSError) as error:
@@ -110,6 +101,13 @@ class TensorStoreArray:
         finally:
             for future in pending:  # the buffer must not be written after this call
                 future.commit.exception()
+
+    def _fetched(self, heads: range, tokens: range) -> int:
+        """Return the size of the stored chunks that hold a piece, cut at the end of the token axis."""
+        batch_chunk, head_chunk, token_chunk, _ = self.stored_chunk
+        first = tokens.start // token_chunk * token_chunk
+        stop = min(-(-tokens.stop // token_chunk) * token_chunk, self.shape[2])
+        return batch_chunk * -(-len(heads) // head_chunk) * head_chunk * (stop - first) * self._row_bytes
 
     def check(self) -> None:
         """Look whether every chunk is stored, without reading any, and where sizes are known that none is short."""

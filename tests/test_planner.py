@@ -13,9 +13,10 @@ from cqsa_stream.schedulers.memory import Layout, Workload, footprint, partial_b
 from cqsa_stream.schedulers.planner import Machine, Request, make_plan
 
 MIB = 2**20
+RATES = Rates(1e11, 1e9, 5e8, 0.02, 1e-4)
 MACHINE = Machine(
     device="cpu", device_allowed_bytes=None, host_allowed_bytes=256 * MIB, device_reserved_bytes=0,
-    host_reserved_bytes=20 * MIB, rates=Rates(1e11, 1e9, 5e8, 0.02, 1e-4), tile_rows=16_384, tile_columns=4_096,
+    host_reserved_bytes=20 * MIB, rates=RATES, measured=RATES, tile_rows=16_384, tile_columns=4_096,
     leaf=1_024, block_tokens=8_192, column_tokens=16_384, step_flops=2e11,
 )  # fmt: skip
 
@@ -129,6 +130,14 @@ def test_four_times_the_keys_need_no_more_memory() -> None:
         for tokens in (10**5, 4 * 10**5)
     ]
     assert needs[1] <= needs[0]
+
+
+def test_measured_rates_tell_the_time_and_change_nothing_else() -> None:
+    slow = dataclasses.replace(RATES, flops_per_s=RATES.flops_per_s / 7)
+    plan = make_plan(request(90_000, causal=True), MACHINE)
+    told = make_plan(request(90_000, causal=True), dataclasses.replace(MACHINE, measured=slow))
+    assert told.cost.seconds > 3 * plan.cost.seconds
+    assert dataclasses.replace(told, cost=plan.cost, candidates=()) == dataclasses.replace(plan, candidates=())
 
 
 def test_a_billion_tokens_are_planned() -> None:
