@@ -7,7 +7,9 @@ and not on what was done before: a resumed run repeats the same arithmetic bit f
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +19,9 @@ from cqsa_stream.errors import RunStopped
 from cqsa_stream.events import Checkpointed, Observer, Progressed
 from cqsa_stream.held import HeldRows
 from cqsa_stream.kernels import Kernel
-from cqsa_stream.masks import Tile
+from cqsa_stream.masks import Call, Tile
 from cqsa_stream.meter import Meter
-from cqsa_stream.partial import fold
+from cqsa_stream.partial import Partial, fold
 from cqsa_stream.prefetch import Prefetcher, Read
 from cqsa_stream.problem import Problem, dtype_bytes
 from cqsa_stream.schedulers.memory import slot_bytes
@@ -52,6 +54,15 @@ class Job:
     checkpoint_every_s: float
 
 
+@dataclass(frozen=True)
+class _Leaving:
+    """A complete row on its way out; its place in memory is taken until it is written."""
+
+    row: int
+    slot: int
+    written: Future[None]
+
+
 class Engine:
     """Runs a job to its end, or to the moment it is told to stop."""
 
@@ -66,6 +77,7 @@ class Engine:
         self.sign, self.scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
         self._last_checkpoint = time.monotonic()
         self._last_report = 0.0
+        self._leaving: deque[_Leaving] = deque()
 
     def run(self) -> None:
         """Compute every pair that is not covered yet. Raises RunStopped after a checkpoint, or what went wrong."""
@@ -107,12 +119,16 @@ class Engine:
         held = HeldRows(problem, self.grid, layout, self.job.device, compute, self.job.store)
         stage = Stage(self.job.device, stored, compute, layout.block_tokens, widths)
         reads = (read for lane in range(problem.lanes) for _, task in self._tasks(lane) for read in self._reads(task))
-        with Prefetcher(reads, self.job.arrays, layout.ring_slots, slot, self.job.device) as stream:
+        with (
+            Prefetcher(reads, self.job.arrays, layout.ring_slots, slot, self.job.device) as stream,
+            ThreadPoolExecutor(1, "cqsa-finish") as self._writer,
+        ):
             for lane in range(problem.lanes):
                 held.begin_lane(lane)
                 self._finish_complete(held, lane)
                 for number, task in self._tasks(lane):
                     self._run_task(number, task, held, stage, stream)
+                self._settle(held, wait=True)
                 held.end_lane()
 
     def _reads(self, task: Task) -> Iterator[Read]:
@@ -144,6 +160,8 @@ class Engine:
                 stage.queries(next(stream), queries[row][:, tokens.start - span.start : tokens.stop - span.start])
             if self.sign != 1.0:
                 queries[row].mul_(self.sign)  # kernels mask before they scale: only a positive scale keeps -inf
+            while held.full and self._leaving:
+                self._settle_first(held)
             held.partial(row, task.rows, lambda r: self.schedule.next_use(r, number))
         for column, rows in task.steps:
             for tokens in self._blocks(column):
@@ -163,9 +181,21 @@ class Engine:
         for call in self.problem.mask.calls(span, tokens, self.tile):
             rows = slice(call.rows.start - span.start, call.rows.stop - span.start)
             columns = slice(call.columns.start - tokens.start, call.columns.stop - tokens.start)
-            tile = self.job.kernel.attend(queries[:, rows], key[:, columns], value[:, columns], call.mask, self.scale)
+            tile = self._call(queries[:, rows], key[:, columns], value[:, columns], call)
             fold(partial.out[:, rows], partial.lse[:, rows], *tile)
             del tile  # before the next call makes its own
+
+    def _call(self, queries: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Run the kernel; several tiles along the diagonal go in as so many heads, and come back as rows."""
+        if call.tiles == 1:
+            return self.job.kernel.attend(queries, key, value, call.mask, self.scale)
+        heads, rows, n = *queries.shape[:2], call.tiles
+        query, key, value = (
+            x.reshape(x.shape[0], n, -1, x.shape[2]).transpose(0, 1).flatten(0, 1) for x in (queries, key, value)
+        )
+        out, lse = self.job.kernel.attend(query, key, value, call.mask, self.scale)
+        out = out.reshape(n, heads, rows // n, -1).transpose(0, 1).reshape(heads, rows, -1)
+        return out, lse.reshape(n, heads, rows // n).transpose(0, 1).reshape(heads, rows)
 
     def _finish_complete(self, held: HeldRows, lane: int) -> None:
         """Finish rows that need nothing more: those that see no key, and those stored complete but not yet finished."""
@@ -175,25 +205,42 @@ class Engine:
                 if held.partial(row, (), lambda _: 0).cover == cover:
                     self._finish(held, row)
                 else:
-                    held.release(row)
+                    held.free(held.retire(row)[1])
+                self._settle(held, wait=True)
 
     def _finish(self, held: HeldRows, row: int) -> None:
-        """Make a complete row's output durable, and only then replace its partial by the word that it is finished."""
-        partial = held.partial(row, (), lambda _: 0)
-        checksum = self.job.sink.write(held.lane, self.grid.rows.span(row), partial.out, partial.lse)
+        """Hand a complete row to the thread that writes it while the next rows compute."""
+        partial, slot = held.retire(row)
+        self._leaving.append(_Leaving(row, slot, self._writer.submit(self._write, held.lane, row, partial)))
+
+    def _write(self, lane: int, row: int, partial: Partial) -> None:
+        """Make a row's output durable, and only then replace its partial by the word that it is finished."""
+        checksum = self.job.sink.write(lane, self.grid.rows.span(row), partial.out, partial.lse)
         if self.job.store is not None:
-            self.job.store.finish(held.lane, row, checksum)
-        held.release(row)
-        self.job.meter.row_finished(held.lane, row)
+            self.job.store.finish(lane, row, checksum)
+
+    def _settle(self, held: HeldRows, *, wait: bool) -> None:
+        """Count the rows whose output is durable; wait for all of them, or take those that are."""
+        while self._leaving and (wait or self._leaving[0].written.done()):
+            self._settle_first(held)
+
+    def _settle_first(self, held: HeldRows) -> None:
+        leaving = self._leaving.popleft()
+        leaving.written.result()
+        held.free(leaving.slot)
+        self.job.meter.row_finished(held.lane, leaving.row)
 
     def _safe_point(self, held: HeldRows, lane: int, column: int, rows: tuple[int, ...]) -> None:
         """Between two columns: report, checkpoint where it is due, stop where that is asked."""
         self.job.meter.pairs_computed(rows, column)
+        self._settle(held, wait=False)
         if time.monotonic() - self._last_report >= _REPORT_EVERY_S:
             self._last_report = time.monotonic()
             self.job.observer(Progressed(self.job.meter.figures()))
         reason = self.job.stop()
         due = time.monotonic() - self._last_checkpoint >= self.job.checkpoint_every_s
+        if reason or due:
+            self._settle(held, wait=True)
         if self.job.store is not None and (reason or due):
             start = time.monotonic()
             count = held.commit()

@@ -77,9 +77,18 @@ class HeldRows:
         resident.dirty = True
         return resident.partial.cover
 
-    def release(self, row: int) -> None:
-        """Forget a row that is finished."""
-        self._free.append(self._resident.pop(row).slot)
+    @property
+    def full(self) -> bool:
+        """Whether taking another row's partial means letting one go."""
+        return not self._free
+
+    def retire(self, row: int) -> tuple[Partial, int]:
+        """Take a complete row out; its place is free for another when ``free`` says so."""
+        resident = self._resident.pop(row)
+        return resident.partial, resident.slot
+
+    def free(self, slot: int) -> None:
+        self._free.append(slot)
 
     def commit(self) -> int:
         """Store every partial that changed; return how many."""
@@ -96,7 +105,7 @@ class HeldRows:
     def _evict(self, row: int) -> None:
         if self._resident[row].dirty:
             self._commit(row)
-        self.release(row)
+        self.free(self._resident.pop(row).slot)
 
     def _commit(self, row: int) -> None:
         resident = self._resident[row]

@@ -25,11 +25,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel call: query rows against keys, both as token ranges of the whole axes."""
+    """One kernel call: query rows against keys, both as token ranges of the whole axes.
+
+    Where ``tiles`` is above 1, it is as many equal tiles along the diagonal, which share no row and no key.
+    """
 
     rows: range
     columns: range
     mask: TileMask
+    tiles: int = 1
 
 
 class Mask(Protocol):
@@ -93,15 +97,34 @@ class Causal:
             yield from self._block(range(start, min(start + tile.rows, rows.stop)), columns, tile)
 
     def _block(self, rows: range, columns: range, tile: Tile) -> Iterator[Call]:
-        """Split into the keys before the first row's own (seen by all), then one leaf of the diagonal after another."""
+        """Split into the keys before the first row's own (seen by all), the diagonal, and the rows below it."""
         first, last = self.q_start + rows.start, self.q_start + rows.stop
-        diagonal = max(columns.start, min(first, columns.stop))
-        yield from _full(rows, range(columns.start, diagonal), tile)
-        for start in range(diagonal, min(columns.stop, last), tile.leaf):
-            leaf = range(start, min(start + tile.leaf, columns.stop, last))
-            below = rows.start + leaf.stop - first
-            yield Call(range(below - len(leaf), below), leaf, "causal")
-            yield from _full(range(below, rows.stop), leaf, tile)
+        start = max(columns.start, min(first, columns.stop))
+        stop = max(start, min(columns.stop, last))
+        yield from _full(rows, range(columns.start, start), tile)
+        below = rows.start + max(stop - first, 0)
+        yield from _diagonal(range(below - (stop - start), below), range(start, stop), tile)
+        yield from _full(range(below, rows.stop), range(start, stop), tile)
+
+
+def _diagonal(rows: range, columns: range, tile: Tile) -> Iterator[Call]:
+    """Cut an aligned square: its triangles of one leaf all in one call, and what lies below them by halving."""
+    whole = len(rows) // tile.leaf
+    if whole:
+        yield Call(rows[: whole * tile.leaf], columns[: whole * tile.leaf], "causal", whole)
+    if rows[whole * tile.leaf :]:
+        yield Call(rows[whole * tile.leaf :], columns[whole * tile.leaf :], "causal")
+    yield from _below(rows, columns, tile)
+
+
+def _below(rows: range, columns: range, tile: Tile) -> Iterator[Call]:
+    leaves = -(-len(rows) // tile.leaf)
+    if leaves < 2:
+        return
+    half = (leaves + 1) // 2 * tile.leaf
+    yield from _full(rows[half:], columns[:half], tile)
+    yield from _below(rows[:half], columns[:half], tile)
+    yield from _below(rows[half:], columns[half:], tile)
 
 
 def _full(rows: range, columns: range, tile: Tile) -> Iterator[Call]:

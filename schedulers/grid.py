@@ -17,9 +17,9 @@ class Axis:
 
     @classmethod
     def cut(cls, tokens: int, chunks: int) -> "Axis":
-        """Cut into equal chunks, rounded up by at most 1/32 to multiples of a power of two: they divide well."""
+        """Cut into equal chunks, rounded up by at most 1/16 to multiples of a power of two: they divide well."""
         even = -(-tokens // chunks)
-        unit = 1 << max(0, (even // 32).bit_length() - 1)
+        unit = 1 << max(0, (even // 16).bit_length() - 1)
         return cls(tokens, -(-even // unit) * unit, chunks)
 
     def span(self, chunk: int) -> range:

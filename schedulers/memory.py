@@ -109,6 +109,8 @@ def _tile_bytes(work: Workload, rows: int, layout: Layout, device: str) -> int:
     width = max(work.head_dim, work.value_dim)
     heads_rows = work.group * rows
     result = heads_rows * (4 * width + 4 + 5 * 8)
+    if work.group > 1:  # queries and results of stacked diagonal tiles, reordered
+        result += heads_rows * (work.head_dim * work.compute_itemsize + 4 * work.value_dim)
     if device == "cuda":
         result += heads_rows * 2 * width  # the 16-bit result before it is widened
     padded = 0

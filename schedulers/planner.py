@@ -214,7 +214,8 @@ def _grids(request: Request, machine: Machine) -> Iterator[Grid]:
             axis = Axis.cut(request.keys, c)
             yield Grid.of(axis, axis, request.keys_seen, True)
     else:
-        columns = Axis.cut(request.keys, -(-request.keys // machine.column_tokens))
+        tokens = min(request.keys, machine.column_tokens)
+        columns = Axis(request.keys, tokens, -(-request.keys // tokens))
         for c in _row_chunks(request, machine):
             yield Grid.of(Axis.cut(request.queries, c), columns, request.keys_seen, False)
 
@@ -255,14 +256,15 @@ def _pair_flops(request: Request, rows: int, columns: int) -> float:
 def _layouts(request: Request, machine: Machine, name: str, grid: Grid) -> Iterator[Layout]:
     """Yield layouts from the largest blocks down; each holds as many row chunks as the budget allows."""
     filled = sum(1 for needed in grid.needed if needed) or 1
-    block = min(grid.columns.chunk_tokens, machine.block_tokens)
+    pieces = -(-grid.columns.chunk_tokens // machine.block_tokens)
     while True:
+        block = max(1, -(-grid.columns.chunk_tokens // pieces))  # equal blocks: no short call at a chunk's end
         for slots, out in product((6, 4), _out_tokens(request, machine, grid)):
             least = _layout(request, machine, name, grid, filled, block, slots, out)
             yield _grown(request, machine, name, grid, filled, least)
         if block <= _SMALLEST_BLOCK:
             return
-        block = max(_SMALLEST_BLOCK, -(-block // 2))
+        pieces *= 2
 
 
 def _layout(
@@ -285,18 +287,22 @@ def _layout(
 def _grown(request: Request, machine: Machine, name: str, grid: Grid, filled: int, layout: Layout) -> Layout:
     """Hold more row chunks (rectangular) or more partials (CQS), as far as the budget and the step allow."""
     most = filled if name == "cqs" else _rows_within_step(request, machine, grid, filled)
-    low, high = layout.resident_rows, max(layout.resident_rows, most)
+    low = layout.resident_rows if name == "cqs" else 1
+    high = max(low, most)
     while low < high:
         middle = (low + high + 1) // 2
-        if _fits(request, machine, grid, _with_rows(name, layout, middle)):
+        if _fits(request, machine, grid, _with_rows(name, layout, middle, filled)):
             low = middle
         else:
             high = middle - 1
-    return _with_rows(name, layout, low)
+    return _with_rows(name, layout, low, filled)
 
 
-def _with_rows(name: str, layout: Layout, rows: int) -> Layout:
-    return replace(layout, resident_rows=rows, rows_per_task=layout.rows_per_task if name == "cqs" else rows)
+def _with_rows(name: str, layout: Layout, rows: int, filled: int) -> Layout:
+    """A rectangular task has one place more for partials than rows: a row leaves while the next one comes."""
+    if name == "cqs":
+        return replace(layout, resident_rows=rows)
+    return replace(layout, resident_rows=max(rows, min(rows + 1, filled)), rows_per_task=rows)
 
 
 def _rows_within_step(request: Request, machine: Machine, grid: Grid, filled: int) -> int:

@@ -11,13 +11,13 @@ from cqsa_stream.storage.raw import numpy_dtype
 __all__ = ["fingerprint"]
 
 _SAMPLES = 18
-_CELL_BYTES = 1 << 20
+_CELL_BYTES = 256 << 10
 
 
 def fingerprint(array: TokenArray) -> str:
-    """Hash shape, dtype and 18 cells of at most 1 MiB: the first, the last and 16 at random; all, where there are less.
+    """Hash shape, dtype and 18 cells of at most 256 KiB: first, last and 16 at random; all, where there are less.
 
-    The cells are whole stored chunks where these are small enough. Raises ArrayError where one cannot be read.
+    Raises ArrayError where one cannot be read.
     """
     batch, heads, tokens, features = array.shape
     row_bytes = features * numpy_dtype(array.dtype).itemsize

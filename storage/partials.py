@@ -9,6 +9,7 @@ count as not done.
 """
 
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class PartialStore:
         self.bytes_written = 0
         self.bytes_read = 0
         self._generations: dict[tuple[int, int], int] = {}
+        self._counting = threading.Lock()  # rows are finished in one thread and committed in another
         self._ours = False  # whether damaged files may be set aside
 
     def prepare(self) -> None:
@@ -175,7 +177,8 @@ class PartialStore:
         )
         replace_file(self._path(lane, row), [header.pack(), *(part for part in parts if len(part))])
         self._generations[lane, row] = generation
-        self.bytes_written += _HEADER_BYTES + cover + lse + out
+        with self._counting:
+            self.bytes_written += _HEADER_BYTES + cover + lse + out
 
     def _path(self, lane: int, row: int) -> Path:
         return self.directory / f"{lane:06d}-{row:06d}.partial"

@@ -25,6 +25,11 @@ def save(path: Path, *shape: int, dtype: str = "float32") -> None:
     zarr.create_array(path, data=np.ones(shape, dtype), config={"write_empty_chunks": True}, compressors=None)
 
 
+def no_codecs(folder: Path) -> None:
+    metadata = folder / "d/k.zarr/zarr.json"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "codecs": []}))
+
+
 def listing(path: Path) -> set[str]:
     return {str(p.relative_to(path)) for p in path.rglob("*")}
 
@@ -99,6 +104,17 @@ BAD_INPUT: list[tuple[str, Callable[[Path], object], tuple[object, ...], str]] =
     ("cqs elsewhere", lambda d: None, (*QKV, "o", "--schedule", "cqs", "--queries", "0:9"), "same positions"),
     ("schedule", lambda d: None, (*QKV, "o", "--schedule", "best"), "rectangular"),
     ("out dtype", lambda d: None, (*QKV, "o", "--out-dtype", "int8"), "int8"),
+    ("chunks without end", lambda d: None, (*QKV, "o", "--q-start", "3", "--chunks", "20000000"), "1 to 100000"),
+    ("infinite size", lambda d: None, (*QKV, "o", "--host-memory", "1e400"), "host_memory"),
+    ("lse is the output", lambda d: None, (*QKV, "o", "--lse", "o"), "overlaps"),
+    ("lse in the output", lambda d: None, (*QKV, "o", "--lse", "o/lse"), "overlaps"),
+    ("lse is the run", lambda d: None, (*QKV, "o", "--lse", "o.run"), "overlaps"),
+    ("output in the run", lambda d: None, (*QKV, "r/partials", "--run-dir", "r"), "overlaps"),
+    ("run under a file", lambda d: (d / "f").write_text(""), (*QKV, "o", "--run-dir", "f/run"), "no directory"),
+    ("run is a file", lambda d: (d / "o.run").write_text(""), (*QKV, "o"), "no directory"),
+    ("link to nowhere", lambda d: (d / "o").symlink_to("gone"), (*QKV, "o"), "leads nowhere"),
+    ("no codecs", no_codecs, (*QKV, "o"), "d/k.zarr"),
+    ("no such option", lambda d: None, (*QKV, "o", "--fast"), "--fast"),
     ("scale", lambda d: None, (*QKV, "o", "--scale", "nan"), "finite"),
 ]
 
@@ -126,6 +142,18 @@ def test_a_small_budget_names_one_that_does(cli: Cli, tmp_path: Path) -> None:
     budget = refused.stderr.split("--host-memory ")[1].split()[0].rstrip(";")
     assert cli("plan", *QKV, "o", "--host-memory", "1MiB").returncode == 4
     assert cli("run", *QKV, "o", "--host-memory", budget).returncode == 0
+
+
+@pytest.mark.usefixtures("data")
+def test_paths_mean_what_they_say(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for _ in range(2):
+        assert cli("run", *QKV, "sub/../o").returncode == 0
+    odd = "a %20#?|z"
+    assert cli("generate", odd, *SMALL, "--codec", "crc32c").returncode == 0
+    assert cli("run", *(f"{odd}/{n}.zarr" for n in "qkv"), f"{odd}/o").returncode == 0
+    first, second = (np.asarray(zarr.open_array(tmp_path / p, mode="r")[...]) for p in ("o", f"{odd}/o"))
+    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.usefixtures("data")

@@ -82,3 +82,12 @@ def test_numpy_inputs_are_taken_as_they_are() -> None:
     expected = cqsa.attention(q, k, v)
     found = cqsa.attention(q.numpy(), k.numpy(), v.numpy())
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
+def test_any_scale_under_a_causal_mask(scale: float) -> None:
+    """Kernels that mask before they scale give NaN here, torch's own included."""
+    q, k, v = inputs("normal", torch.float32, 1, 1, 300, 16)
+    expected, _ = dense(q, k, v, causal=True, scale=scale)
+    out = cqsa.attention(q, k, v, is_causal=True, scale=scale, device="cpu")
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-6)

@@ -16,10 +16,14 @@ def check(mask: Mask, rows: range, columns: range, tile: Tile) -> None:
     computed: Counter[tuple[int, int]] = Counter()
     for call in mask.calls(rows, columns, tile):
         assert 0 < len(call.rows) <= tile.rows
-        assert 0 < len(call.columns) <= max(tile.columns, tile.leaf)
-        assert call.mask == "full" or len(call.rows) == len(call.columns)
-        for x, i in enumerate(call.rows):
-            computed.update((i, j) for y, j in enumerate(call.columns) if call.mask == "full" or y <= x)
+        assert 0 < len(call.columns) <= (tile.columns if call.mask == "full" else tile.rows)
+        assert call.mask == "full" or len(call.rows) == len(call.columns) <= call.tiles * tile.leaf
+        height, width = len(call.rows) // call.tiles, len(call.columns) // call.tiles
+        assert (height * call.tiles, width * call.tiles) == (len(call.rows), len(call.columns))
+        for t in range(call.tiles):
+            for x, i in enumerate(call.rows[t * height : (t + 1) * height]):
+                keys = call.columns[t * width : (t + 1) * width]
+                computed.update((i, j) for y, j in enumerate(keys) if call.mask == "full" or y <= x)
     assert computed == dict.fromkeys(visible, 1)
     assert mask.scores(rows, columns) == len(visible)
 

@@ -1,8 +1,10 @@
 """Durability: real processes killed at real moments, then resumed, end bit-identical to an uninterrupted run."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -94,7 +96,7 @@ def test_what_status_calls_done_is_not_computed_again(cli: Cli, tmp_path: Path) 
 
 
 def before_total(status: dict[str, int]) -> int:
-    assert status["pairs_total"] == HEADS * 31 * 31
+    assert status["chunks"] == 31
     return 2 * 128 * HEADS * TOKENS * TOKENS
 
 
@@ -199,3 +201,75 @@ def test_a_run_can_be_moved(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "a").rename(tmp_path / "b")
     assert cli("run", *QKV, "b/out").returncode == 0
     assert json.loads(cli("verify", "b/out.run", "--json").stdout)["ok"]
+
+
+@pytest.mark.usefixtures("data")
+def test_every_partial_damaged_at_once_is_survived(cli: Cli, tmp_path: Path) -> None:
+    words = ("--chunks", 7, "--schedule", "rectangular", "--host-memory", "48MiB", "--max-seconds", 0)
+    for _ in range(2):
+        assert cli("run", *QKV, "out", *words).returncode == 3
+    damaged = [p for p in (tmp_path / "out.run" / "partials").iterdir() if p.stat().st_size > 4096]
+    assert damaged
+    for file in damaged:
+        data = bytearray(file.read_bytes())
+        data[-100] ^= 1
+        file.write_bytes(data)
+    assert cli("run", *QKV, "out").returncode == 0
+    assert json.loads(cli("verify", "out.run", "--json").stdout)["ok"]
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize("place", ["out", "out.run/lse.zarr"])
+def test_an_array_that_was_not_quite_created_is_created(place: str, cli: Cli, tmp_path: Path) -> None:
+    assert cli("run", *QKV, "out", "--max-seconds", 0).returncode == 3
+    shutil.rmtree(tmp_path / place)
+    (tmp_path / place).mkdir()
+    assert cli("run", *QKV, "out").returncode == 0
+    assert json.loads(cli("verify", "out.run", "--json").stdout)["ok"]
+
+
+def test_a_torn_event_log_loses_one_line(cli: Cli, tmp_path: Path) -> None:
+    assert cli("generate", "d", "--tokens", 2000, "--heads", 1, "--head-dim", 32).returncode == 0
+    assert cli("run", *QKV, "out", "--max-seconds", 0).returncode == 3
+    with (tmp_path / "out.run" / "events.jsonl").open("ab") as log:
+        log.write(b'{"event": "checkp')
+    assert cli("run", *QKV, "out").returncode == 0
+    assert json.loads(cli("status", "out.run", "--json").stdout)["sessions"] == 2
+
+
+def test_a_damaged_output_fails_verification(cli: Cli, tmp_path: Path) -> None:
+    assert cli("generate", "d", "--tokens", 500, "--heads", 1, "--head-dim", 32).returncode == 0
+    assert cli("run", *QKV, "out").returncode == 0
+    chunk = next(p for p in (tmp_path / "out" / "c").rglob("*") if p.is_file())
+    data = bytearray(chunk.read_bytes())
+    data[40] ^= 1
+    chunk.write_bytes(data)
+    found = cli("verify", "out.run")
+    assert found.returncode == 1
+    assert "cannot be read" in found.stderr
+
+
+def test_a_damaged_manifest_is_told_and_fresh_starts_anew(cli: Cli, tmp_path: Path) -> None:
+    assert cli("generate", "d", "--tokens", 500, "--heads", 1, "--head-dim", 32).returncode == 0
+    assert cli("run", *QKV, "out").returncode == 0
+    manifest = tmp_path / "out.run" / "run.json"
+    manifest.write_bytes(manifest.read_bytes()[:-40])
+    assert cli("run", *QKV, "out").returncode == 2
+    assert cli("run", *QKV, "out", "--fresh").returncode == 2, "it cannot tell any more whose output this is"
+    shutil.rmtree(tmp_path / "out")
+    assert cli("run", *QKV, "out", "--fresh").returncode == 0
+
+
+def test_a_full_disk_is_resumable(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file system is for root to make; here fsync says what a full disk says."""
+    assert cli("generate", "d", "--tokens", 2000, "--heads", 1, "--head-dim", 32).returncode == 0
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr("cqsa_stream.storage.atomic.os.fsync", full)
+        found = cli("run", *QKV, "out", "--checkpoint-every", 0)
+        assert found.returncode == 3, found.stderr
+    assert cli("run", *QKV, "out").returncode == 0
+    assert json.loads(cli("verify", "out.run", "--json").stdout)["ok"]
