@@ -67,8 +67,8 @@ def describe(device: torch.device, problem: Problem, device_memory: int | None, 
     if device.type == "cpu":
         return Machine(
             device="cpu", device_allowed_bytes=None, host_allowed_bytes=host, device_reserved_bytes=0,
-            host_reserved_bytes=reserved, rates=rates, measured=measured, tile_rows=16_384, tile_columns=8_192,
-            leaf=1_024, block_tokens=8_192, column_tokens=16_384, step_flops=2e11,
+            host_reserved_bytes=reserved, rates=rates, measured=measured, tile_rows=16_384, tile_columns=16_384,
+            leaf=1_024, block_tokens=16_384, column_tokens=16_384, step_flops=2e11,
         )  # fmt: skip
     if device_memory is None:
         device_memory = int(torch.cuda.mem_get_info(device)[0] * _FREE_SHARE)
