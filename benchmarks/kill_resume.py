@@ -43,15 +43,17 @@ def killed_until_done(command: list[str], run: Path, session_s: float, chance: r
     """Return how often the run was killed, and the most work lost in seconds."""
     kills, lost = 0, 0.0
     while True:
+        started = time.time()
         process = subprocess.Popen([*command, "--quiet"])
         try:
             process.wait(timeout=2.0 + chance.random() * session_s)
         except subprocess.TimeoutExpired:
+            killed = time.time()
             process.send_signal(signal.SIGKILL)
             process.wait()
             moment = last_durable_moment(run)
-            if moment is not None:
-                lost = max(lost, time.time() - moment)
+            if moment is not None and moment > started:  # else it was killed before it began to compute
+                lost = max(lost, killed - moment)
             kills += 1
             continue
         if process.returncode != 0:

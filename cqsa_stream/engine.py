@@ -75,7 +75,8 @@ class Engine:
         self.covers = self._stored_covers()
         scale = job.problem.scale
         self.sign, self.scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
-        self._last_checkpoint = time.monotonic()
+        self._last_checkpoint = self._last_safe = time.monotonic()
+        self._commit_s = 0.0
         self._last_report = 0.0
         self._leaving: deque[_Leaving] = deque()
 
@@ -238,15 +239,19 @@ class Engine:
             self._last_report = time.monotonic()
             self.job.observer(Progressed(self.job.meter.figures()))
         reason = self.job.stop()
-        due = time.monotonic() - self._last_checkpoint >= self.job.checkpoint_every_s
+        now = time.monotonic()
+        ahead = now - self._last_safe + self._commit_s  # by the next safe point it would be too late
+        self._last_safe = now
+        due = now - self._last_checkpoint + ahead >= self.job.checkpoint_every_s
         if reason or due:
             self._settle(held, wait=True)
         if self.job.store is not None and (reason or due):
             start = time.monotonic()
             count = held.commit()
-            self._last_checkpoint = time.monotonic()
+            self._last_checkpoint = self._last_safe = time.monotonic()
+            self._commit_s = self._last_checkpoint - start
             figures = self.job.meter.figures()
-            self.job.observer(Checkpointed(self._last_checkpoint - start, count, figures))
+            self.job.observer(Checkpointed(self._commit_s, count, figures))
         if reason and self._unfinished():
             raise RunStopped(reason)
 
