@@ -66,16 +66,7 @@ class Problem:
         out_dtype: str | None = None,
     ) -> "Problem":
         """Check that the arrays and the options fit together. Raises InputError saying what was found and expected."""
-        for name, array in (("query", query), ("key", key), ("value", value)):
-            if len(array.shape) != 4:
-                raise InputError(f"{name}: shape {array.shape}; expected 4 axes [batch, head, token, feature]")
-            if array.dtype not in DTYPES:
-                raise InputError(f"{name}: dtype {array.dtype}; expected one of {', '.join(DTYPES)}")
-            if 0 in array.shape:
-                raise InputError(f"{name}: shape {array.shape} has an axis of length 0; expected at least 1 of each")
-        if not query.dtype == key.dtype == value.dtype:
-            found = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
-            raise InputError(f"mixed dtypes: {found}; expected one dtype, convert the arrays to one")
+        _refuse_misfits(query, key, value)
         if out_dtype is not None and out_dtype not in DTYPES:
             raise InputError(f"output dtype {out_dtype!r}; expected one of {', '.join(DTYPES)}")
         (batch, heads, query_tokens, head_dim), (_, kv_heads, keys, _), value_dim = (
@@ -83,19 +74,6 @@ class Problem:
             key.shape,
             value.shape[3],
         )
-        if key.shape[0] != batch or value.shape[0] != batch:
-            found = f"query {batch}, key {key.shape[0]}, value {value.shape[0]}"
-            raise InputError(f"batch sizes differ: {found}; expected the same")
-        if key.shape[1:3] != value.shape[1:3]:
-            raise InputError(
-                f"key has (heads, tokens) {key.shape[1:3]}, value {value.shape[1:3]}; expected the same of both"
-            )
-        if key.shape[3] != head_dim:
-            raise InputError(f"query has head dim {head_dim}, key {key.shape[3]}; expected the same")
-        if max(head_dim, value_dim) > 256:
-            raise InputError(f"head dims {head_dim} and {value_dim} (value); expected at most 256")
-        if heads % kv_heads:
-            raise InputError(f"{heads} query heads over {kv_heads} key/value heads; expected a multiple")
         if scale is not None and not math.isfinite(scale):
             raise InputError(f"scale {scale}; expected a finite number")
         try:
@@ -162,3 +140,31 @@ class Problem:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Problem":
         return cls(**fields)
+
+
+def _refuse_misfits(query: Described, key: Described, value: Described) -> None:
+    """Raise InputError where the arrays cannot be the query, key and value of one attention."""
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if len(array.shape) != 4:
+            raise InputError(f"{name}: shape {array.shape}; expected 4 axes [batch, head, token, feature]")
+        if array.dtype not in DTYPES:
+            raise InputError(f"{name}: dtype {array.dtype}; expected one of {', '.join(DTYPES)}")
+        if 0 in array.shape:
+            raise InputError(f"{name}: shape {array.shape} has an axis of length 0; expected at least 1 of each")
+    if not query.dtype == key.dtype == value.dtype:
+        found = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
+        raise InputError(f"mixed dtypes: {found}; expected one dtype, convert the arrays to one")
+    (batch, heads, _, head_dim), kv_heads, value_dim = query.shape, key.shape[1], value.shape[3]
+    if key.shape[0] != batch or value.shape[0] != batch:
+        found = f"query {batch}, key {key.shape[0]}, value {value.shape[0]}"
+        raise InputError(f"batch sizes differ: {found}; expected the same")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise InputError(
+            f"key has (heads, tokens) {key.shape[1:3]}, value {value.shape[1:3]}; expected the same of both"
+        )
+    if key.shape[3] != head_dim:
+        raise InputError(f"query has head dim {head_dim}, key {key.shape[3]}; expected the same")
+    if max(head_dim, value_dim) > 256:
+        raise InputError(f"head dims {head_dim} and {value_dim} (value); expected at most 256")
+    if heads % kv_heads:
+        raise InputError(f"{heads} query heads over {kv_heads} key/value heads; expected a multiple")

@@ -26,13 +26,17 @@ KERNELS = [
 DIMS = [(8, 8), (12, 12), (64, 64), (80, 80), (64, 128), (128, 64), (256, 256)]
 
 
+@pytest.fixture(autouse=True)
+def _device_is_there(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.mark.parametrize(("kernel", "device", "dtype", "tolerance", "lse_tolerance"), KERNELS)
 @pytest.mark.parametrize(("dim", "value_dim"), DIMS)
 def test_contract(
     kernel: Kernel, device: str, dtype: torch.dtype, tolerance: float, lse_tolerance: float, dim: int, value_dim: int
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     generator = torch.Generator().manual_seed(dim)
     masks: tuple[TileMask, ...] = ("full", "causal")
     for (heads, kv_heads), (rows, columns), mask in itertools.product(
@@ -58,8 +62,6 @@ def test_contract(
 def test_a_row_without_keys_is_the_identity(
     kernel: Kernel, device: str, dtype: torch.dtype, tolerance: float, lse_tolerance: float
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, none = torch.randn(2, 3, 8, device=device, dtype=dtype), torch.empty(1, 0, 8, device=device, dtype=dtype)
     out, lse = kernel.attend(q, none, none, "full", 1.0)
     assert torch.equal(out.cpu(), torch.zeros_like(out, device="cpu"))
@@ -70,8 +72,6 @@ def test_a_row_without_keys_is_the_identity(
 def test_the_same_call_gives_the_same_bits(
     kernel: Kernel, device: str, dtype: torch.dtype, tolerance: float, lse_tolerance: float
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     q, k, v = (torch.randn(2, 300, 64, device=device, dtype=dtype) for _ in range(3))
     first, second = (kernel.attend(q, k, v, "causal", 0.125) for _ in range(2))
     assert torch.equal(first[0], second[0])
