@@ -15,7 +15,7 @@ from cqsa_stream.meter import covered, tokens_done
 from cqsa_stream.planning import Options, plan_run
 from cqsa_stream.problem import Problem
 from cqsa_stream.run import Manifest, RunDirectory
-from cqsa_stream.schedulers.planner import Plan
+from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray, open_array
 from cqsa_stream.storage.output import holds_array, open_for_writing
@@ -122,7 +122,8 @@ def plan(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_start=q_start, queries=queries
     )
     options = Options(str(device), device_memory, host_memory, schedule, chunks, checkpoint_every_s, max_seconds)
-    return plan_run(problem, arrays, options, durable=out is not None)[0]
+    where = None if out is None else Target.of(out, run_dir).out
+    return plan_run(problem, arrays, options, durable=out is not None, out=where)[0]
 
 
 def _problem(
@@ -192,7 +193,8 @@ class Run:
         last: dict[str, Any] = {**(sessions[-1] if sessions else {}), **self.directory.session()}
         plan = last.get("plan", {})
         complete = rows_done == rows_total and self._output_is_there()
-        return {
+        before = sessions[:-1]
+        found = {
             "complete": complete,
             "schedule": plan.get("schedule"),
             "chunks": grid.rows.chunks,
@@ -201,22 +203,25 @@ class Run:
             "rows_done": rows_done,
             "rows_total": rows_total,
             "tokens_done": tokens_done(problem, grid, finished),
-            "elapsed_s": sum(s["session_s"] for s in sessions[:-1]) + last.get("session_s", 0.0),
+            "elapsed_s": sum(s["session_s"] for s in before) + last.get("session_s", 0.0),
             "session_s": last.get("session_s", 0.0),
             "eta_s": 0.0 if complete else _eta(problem.flops - flops, last),
             "flops_done": flops,
-            "bytes_read": sum(s["bytes_read"] for s in sessions[:-1]) + last.get("bytes_read", 0),
-            "bytes_written": sum(s["bytes_written"] for s in sessions[:-1]) + last.get("bytes_written", 0),
+            "bytes_read": sum(s["bytes_read"] for s in before) + last.get("bytes_read", 0),
+            "bytes_written": sum(s["bytes_written"] for s in before) + last.get("bytes_written", 0),
             "device_peak_bytes": max([last.get("device_peak_bytes", 0), *(s["device_peak_bytes"] for s in sessions)]),
             "host_peak_bytes": max([last.get("host_peak_bytes", 0), *(s["host_peak_bytes"] for s in sessions)]),
             "device_projected_bytes": plan.get("device_projected_bytes"),
             "host_projected_bytes": plan.get("host_projected_bytes"),
-            "predicted_s": plan.get("seconds"),
-            "predicted_bytes_read": plan.get("bytes_read"),
-            "predicted_bytes_written": plan.get("bytes_written"),
             "sessions": len(sessions),
             "pid": self.directory.live_pid(),
         }
+        predicted = ("seconds", "bytes_read", "bytes_written", "host_projected_bytes", "device_projected_bytes")
+        measured = ("elapsed_s", "bytes_read", "bytes_written", "host_peak_bytes", "device_peak_bytes")
+        names = ("seconds", "bytes_read", "bytes_written", "host_bytes", "device_bytes")
+        found["predicted"] = {name: plan[key] for name, key in zip(names, predicted, strict=True)} if plan else None
+        found["measured"] = {name: found[key] for name, key in zip(names, measured, strict=True)}
+        return found
 
     def resume(self, observers: Sequence[Observer] = (), max_seconds: float | None = None) -> "Run":
         """Go on to the end, as the last session did. Raises as ``attention`` does."""

@@ -1,4 +1,4 @@
-"""The command line: ``cqsa generate | plan | run | status | verify``.
+"""The command line: ``cqsa generate | plan | run | status | verify | bench``.
 
 Data goes to stdout, messages and progress to stderr. Exit codes: 0 done; 1 failed; 2 bad usage or input; 3 stopped and
 resumable; 4 over budget; 5 locked; 6 another problem or other inputs; 130 Ctrl-C (resumable).
@@ -46,6 +46,13 @@ FillMissing = Annotated[bool, typer.Option("--fill-missing", help="Read missing 
 OutDtype = Annotated[
     str | None, typer.Option("--out-dtype", help="float32, float16 or bfloat16; the inputs' if not given.")
 ]
+CheckpointEvery = Annotated[
+    float | None, typer.Option("--checkpoint-every", metavar="SECONDS", help="60 if not given.")
+]
+MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Stop, resumable, after so long.")]
+Lse = Annotated[Path | None, typer.Option(help="Where the log-sum-exp goes; into the run directory if not given.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="OUT.run if not given.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard the earlier run of OUT and its output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 
@@ -117,14 +124,19 @@ def plan(
     chunks: Chunks = None,
     fill_missing: FillMissing = False,
     out_dtype: OutDtype = None,
+    checkpoint_every: CheckpointEvery = None,
+    max_seconds: MaxSeconds = None,
+    lse: Lse = None,  # these three change nothing that a plan says: a run's options are taken as they are
+    run_dir: RunDir = None,
+    fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run would need and take, without running it. Exit code 4 where it does not fit."""
     from cqsa_stream.planning import Options, plan_run, refuse_over_budget
 
     arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype)
-    options = Options(device, device_memory, host_memory, schedule, chunks)
-    found, _ = plan_run(problem, arrays, options, durable=True)
+    options = Options(device, device_memory, host_memory, schedule, chunks, checkpoint_every, max_seconds)
+    found, _ = plan_run(problem, arrays, options, durable=True, out=out)
     print(json.dumps(found.to_dict()) if as_json else found)
     refuse_over_budget(found)
 
@@ -146,15 +158,11 @@ def run(
     chunks: Chunks = None,
     fill_missing: FillMissing = False,
     out_dtype: OutDtype = None,
-    checkpoint_every: Annotated[
-        float | None, typer.Option("--checkpoint-every", metavar="SECONDS", help="60 if not given.")
-    ] = None,
-    max_seconds: Annotated[float | None, typer.Option("--max-seconds", help="Stop, resumable, after so long.")] = None,
-    lse: Annotated[
-        Path | None, typer.Option(help="Where the log-sum-exp goes; into the run directory if not given.")
-    ] = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="OUT.run if not given.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the earlier run of OUT and its output.")] = False,
+    checkpoint_every: CheckpointEvery = None,
+    max_seconds: MaxSeconds = None,
+    lse: Lse = None,
+    run_dir: RunDir = None,
+    fresh: Fresh = False,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
@@ -179,6 +187,22 @@ def run(
 
 
 @app.command()
+def bench(
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine and the disk of the current folder, so that plans tell its seconds. Under a minute."""
+    from cqsa_stream.bench import measure
+    from cqsa_stream.machine import choose_device
+
+    chosen = choose_device(device or "auto")
+    found = measure(chosen, Path.cwd())
+    path = found.save(chosen)
+    print(found.to_json().decode() if as_json else found, end="" if as_json else "\n")
+    print(f"cqsa: kept in {path}", file=sys.stderr)
+
+
+@app.command()
 def status(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
     as_json: AsJson = False,
@@ -190,7 +214,7 @@ def status(
     opened = open_run(run_dir)
     while True:
         found = opened.status()
-        print(json.dumps(found) if as_json else _lines(found), flush=True)
+        print(json.dumps(found) if as_json else _described(found), flush=True)
         if not watch or found["complete"]:
             return
         time.sleep(1)
@@ -250,6 +274,14 @@ def _interruptible(out: Path) -> Iterator[None]:
             raise
         print(f"cqsa: {error}; the same command resumes {out}", file=sys.stderr)
         sys.exit(130 if "SIGINT" in str(error) else 3)
+
+
+def _described(found: dict[str, Any]) -> str:
+    """Return a run's status as text: its figures, then what was predicted beside what was measured."""
+    from cqsa_stream.observers import side_by_side
+
+    plain = {name: value for name, value in found.items() if name not in ("predicted", "measured")}
+    return f"{_lines(plain)}\n\n{side_by_side(found['predicted'] or {}, found['measured'])}"
 
 
 def _lines(fields: dict[str, Any]) -> str:

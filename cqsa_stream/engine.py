@@ -19,13 +19,14 @@ from cqsa_stream.errors import RunStopped
 from cqsa_stream.events import Checkpointed, Observer, Progressed
 from cqsa_stream.held import HeldRows
 from cqsa_stream.kernels import Kernel
-from cqsa_stream.masks import Call, Tile
 from cqsa_stream.meter import Meter
 from cqsa_stream.partial import Partial, fold
 from cqsa_stream.prefetch import Prefetcher, Read
-from cqsa_stream.problem import Problem, dtype_bytes
-from cqsa_stream.schedulers.memory import slot_bytes
-from cqsa_stream.schedulers.planner import Plan, make_schedule
+from cqsa_stream.problem import Problem
+from cqsa_stream.schedulers.masks import Call
+from cqsa_stream.schedulers.plan import Plan
+from cqsa_stream.schedulers.planner import make_schedule
+from cqsa_stream.schedulers.residency import Fetch, fetches, pieces
 from cqsa_stream.schedulers.schedules import Task
 from cqsa_stream.sinks import Sink
 from cqsa_stream.staging import Stage
@@ -58,6 +59,7 @@ class Job:
 class _Leaving:
     """A complete row on its way out; its place in memory is taken until it is written."""
 
+    lane: int
     row: int
     slot: int
     written: Future[None]
@@ -69,9 +71,7 @@ class Engine:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.problem, self.plan, self.grid = job.problem, job.plan, job.plan.grid
-        self.schedule = make_schedule(job.plan.schedule, self.grid, job.plan.layout.rows_per_task)
-        layout = job.plan.layout
-        self.tile = Tile(layout.tile_rows, layout.tile_columns, layout.leaf)
+        self.schedule = make_schedule(job.plan.schedule, self.grid, job.plan.layout)
         self.covers = self._stored_covers()
         scale = job.problem.scale
         self.sign, self.scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
@@ -113,15 +113,11 @@ class Engine:
     def _pass(self) -> None:
         problem, layout = self.problem, self.plan.layout
         stored, compute = getattr(torch, problem.dtype), self.job.kernel.compute_dtype(getattr(torch, problem.dtype))
-        slot = slot_bytes(
-            problem.head_dim, problem.value_dim, problem.group, dtype_bytes(problem.dtype), layout.block_tokens
-        )
         widths = {"key": problem.head_dim, "value": problem.value_dim}
         held = HeldRows(problem, self.grid, layout, self.job.device, compute, self.job.store)
         stage = Stage(self.job.device, stored, compute, layout.block_tokens, widths)
-        reads = (read for lane in range(problem.lanes) for _, task in self._tasks(lane) for read in self._reads(task))
         with (
-            Prefetcher(reads, self.job.arrays, layout.ring_slots, slot, self.job.device) as stream,
+            Prefetcher(self._reads(), self.job.arrays, layout, self.job.device) as stream,
             ThreadPoolExecutor(1, "cqsa-finish") as self._writer,
         ):
             for lane in range(problem.lanes):
@@ -129,43 +125,35 @@ class Engine:
                 self._finish_complete(held, lane)
                 for number, task in self._tasks(lane):
                     self._run_task(number, task, held, stage, stream)
-                self._settle(held, wait=True)
                 held.end_lane()
+            self._settle(held, wait=True)
 
-    def _reads(self, task: Task) -> Iterator[Read]:
-        """Yield what a task reads, in the order in which it is used."""
-        batch, query_heads, kv_heads = self.problem.lane_heads(task.lane)
-        for row in task.rows:
-            for tokens in self._query_pieces(row):
-                first = self.problem.first_query
-                yield Read("query", batch, query_heads, range(tokens.start + first, tokens.stop + first))
-        for column in task.columns:
-            for tokens in self._blocks(column):
-                yield Read("key", batch, kv_heads, tokens)
-                yield Read("value", batch, kv_heads, tokens)
+    def _reads(self) -> Iterator[Read]:
+        """Yield what is read, in the order in which it is used."""
+        for lane in range(self.problem.lanes):
+            for number, task in self._tasks(lane):
+                for fetch in fetches(self.schedule, number, task, self.plan.layout):
+                    yield self._read(lane, fetch)
 
-    def _query_pieces(self, row: int) -> Iterator[range]:
-        """Cut a row chunk into pieces that fit a ring buffer with all heads of the group."""
-        problem, block = self.problem, self.plan.layout.block_tokens
-        width = max(problem.head_dim, problem.value_dim)
-        return _pieces(self.grid.rows.span(row), max(1, block * width // (problem.group * problem.head_dim)))
-
-    def _blocks(self, column: int) -> Iterator[range]:
-        return _pieces(self.grid.columns.span(column), self.plan.layout.block_tokens)
+    def _read(self, lane: int, fetch: Fetch) -> Read:
+        batch, query_heads, kv_heads = self.problem.lane_heads(lane)
+        heads, first = (query_heads, self.problem.first_query) if fetch.array == "query" else (kv_heads, 0)
+        tokens = range(fetch.tokens.start + first, fetch.tokens.stop + first)
+        return Read(lane, fetch.array, batch, heads, tokens, fetch.next_use)
 
     def _run_task(self, number: int, task: Task, held: HeldRows, stage: Stage, stream: Prefetcher) -> None:
         queries: dict[int, Tensor] = {}
         for place, row in enumerate(task.rows):
             span, queries[row] = self.grid.rows.span(row), held.queries(place, row)
-            for tokens in self._query_pieces(row):
+            for tokens in pieces(span, self.plan.layout.query_tokens):
                 stage.queries(next(stream), queries[row][:, tokens.start - span.start : tokens.stop - span.start])
             if self.sign != 1.0:
                 queries[row].mul_(self.sign)  # kernels mask before they scale: only a positive scale keeps -inf
             while held.full and self._leaving:
                 self._settle_first(held)
-            held.partial(row, task.rows, lambda r: self.schedule.next_use(r, number))
+            held.partial(row, task.rows, lambda r: self.schedule.next_row(r, number))
         for column, rows in task.steps:
-            for tokens in self._blocks(column):
+            for tokens in pieces(self.grid.columns.span(column), self.plan.layout.block_tokens):
                 key, value = stage.block(next(stream), next(stream))
                 for row in rows:
                     self._attend(row, queries[row], held, tokens, key, value)
@@ -179,7 +167,7 @@ class Engine:
         """Merge the attention of a row chunk over one block of keys into the row's partial."""
         span = self.grid.rows.span(row)
         partial = held.partial(row, (), lambda _: 0)
-        for call in self.problem.mask.calls(span, tokens, self.tile):
+        for call in self.problem.mask.calls(span, tokens, self.plan.layout.tile):
             rows = slice(call.rows.start - span.start, call.rows.stop - span.start)
             columns = slice(call.columns.start - tokens.start, call.columns.stop - tokens.start)
             tile = self._call(queries[:, rows], key[:, columns], value[:, columns], call)
@@ -212,7 +200,7 @@ class Engine:
     def _finish(self, held: HeldRows, row: int) -> None:
         """Hand a complete row to the thread that writes it while the next rows compute."""
         partial, slot = held.retire(row)
-        self._leaving.append(_Leaving(row, slot, self._writer.submit(self._write, held.lane, row, partial)))
+        self._leaving.append(_Leaving(held.lane, row, slot, self._writer.submit(self._write, held.lane, row, partial)))
 
     def _write(self, lane: int, row: int, partial: Partial) -> None:
         """Make a row's output durable, and only then replace its partial by the word that it is finished."""
@@ -229,7 +217,7 @@ class Engine:
         leaving = self._leaving.popleft()
         leaving.written.result()
         held.free(leaving.slot)
-        self.job.meter.row_finished(held.lane, leaving.row)
+        self.job.meter.row_finished(leaving.lane, leaving.row)
 
     def _safe_point(self, held: HeldRows, lane: int, column: int, rows: tuple[int, ...]) -> None:
         """Between two columns: report, checkpoint where it is due, stop where that is asked."""
@@ -254,7 +242,3 @@ class Engine:
             self.job.observer(Checkpointed(self._commit_s, count, figures))
         if reason and self._unfinished():
             raise RunStopped(reason)
-
-
-def _pieces(span: range, length: int) -> Iterator[range]:
-    return (range(start, min(start + length, span.stop)) for start in range(span.start, span.stop, length))

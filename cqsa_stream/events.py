@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Checkpointed", "Ended", "Event", "Figures", "Observer", "Progressed", "Started"]
 
@@ -24,6 +25,16 @@ class Figures:
     device_peak_bytes: int
     host_peak_bytes: int
 
+    def measured(self) -> dict[str, float]:
+        """Return what a plan predicts too."""
+        return {
+            "seconds": self.session_s,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "host_bytes": self.host_peak_bytes,
+            "device_bytes": self.device_peak_bytes,
+        }
+
     @property
     def eta_s(self) -> float | None:
         """Seconds to the end at this session's rate; None before there is one."""
@@ -38,7 +49,7 @@ class Figures:
 class Started:
     """A session begins; ``plan`` as ``Plan.to_dict`` gives it."""
 
-    plan: dict[str, object]
+    plan: dict[str, Any]
     figures: Figures
 
 
@@ -60,10 +71,12 @@ class Checkpointed:
 
 @dataclass(frozen=True)
 class Ended:
-    """The session is over: ``"done"``, or why it stopped."""
+    """The session is over: ``"done"``, or why it stopped. ``predicted``: of a whole run; ``measured``: this session."""
 
     reason: str
     figures: Figures
+    predicted: dict[str, float]
+    measured: dict[str, float]
 
 
 Event = Started | Progressed | Checkpointed | Ended

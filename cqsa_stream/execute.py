@@ -18,10 +18,10 @@ from cqsa_stream.events import Ended, Observer, Started
 from cqsa_stream.kernels import kernel_for
 from cqsa_stream.meter import HostPeak, Meter
 from cqsa_stream.observers import EventLog, everyone
-from cqsa_stream.planning import Options, plan_run, refuse_over_budget
+from cqsa_stream.planning import CHECKPOINT_EVERY_S, Options, plan_run, refuse_over_budget, refuse_what_is_not_there
 from cqsa_stream.problem import Problem
 from cqsa_stream.run import Manifest, RunDirectory
-from cqsa_stream.schedulers.planner import Plan
+from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.sinks import MemorySink, Sink, ZarrSink
 from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray
@@ -29,9 +29,7 @@ from cqsa_stream.storage.fingerprint import fingerprint
 from cqsa_stream.storage.output import create_array, holds_array, open_for_writing
 from cqsa_stream.storage.partials import PartialStore
 
-__all__ = ["CHECKPOINT_EVERY_S", "Target", "run_in_memory", "run_on_disk"]
-
-CHECKPOINT_EVERY_S = 60.0
+__all__ = ["Target", "run_in_memory", "run_on_disk"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class Target:
         return cls(path, directory, lse_path, fresh, fill_missing)
 
 
+@returning_freed_memory()
 def run_in_memory(
     problem: Problem,
     arrays: dict[str, TokenArray],
@@ -73,6 +72,7 @@ def run_in_memory(
     host = HostPeak()
     plan, device = plan_run(problem, arrays, options, durable=False)
     refuse_over_budget(plan)
+    refuse_what_is_not_there(plan)
     _check(arrays)
     sink = MemorySink(problem, with_lse=with_lse)
     session = _Session(problem, plan, device, arrays, sink, None, host, options)
@@ -80,6 +80,7 @@ def run_in_memory(
     return sink
 
 
+@returning_freed_memory()
 def run_on_disk(
     problem: Problem,
     arrays: dict[str, TokenArray],
@@ -106,11 +107,13 @@ def run_on_disk(
                 problem, arrays, options, durable=True, grid=manifest.grid, out_tokens=manifest.out_tokens
             )
             refuse_over_budget(plan)
+            refuse_what_is_not_there(plan)
             _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host)
         return directory
     _refuse_occupied(target, directory)
-    plan, device = plan_run(problem, arrays, options, durable=True)
+    plan, device = plan_run(problem, arrays, options, durable=True, out=target.out)
     refuse_over_budget(plan)
+    refuse_what_is_not_there(plan)
     _check(arrays)
     prints = _fingerprints(arrays)
     with directory.locked():
@@ -152,7 +155,7 @@ class _Session:
         meter = Meter(self.problem, self.plan.grid, self.arrays, self.store, self.sink, self.device, self.host)
         every = self.options.checkpoint_every_s
         stop.begin(self.options.max_seconds)
-        with stop, _on(self.device), returning_freed_memory():
+        with stop, _on(self.device):
             engine = Engine(
                 Job(
                     problem=self.problem,
@@ -176,7 +179,8 @@ class _Session:
                 reason = f"{type(error).__name__}: {error}"
                 raise
             finally:
-                observer(Ended(reason, meter.figures()))
+                figures = meter.figures()
+                observer(Ended(reason, figures, self.plan.predicted(), figures.measured()))
 
 
 def _durable_session(

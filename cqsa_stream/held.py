@@ -61,7 +61,7 @@ class HeldRows:
         shape = (self._problem.group, count, self._problem.head_dim)
         return self._queries[place][: shape[0] * count * shape[2]].view(shape)
 
-    def partial(self, row: int, keep: tuple[int, ...], next_use: Callable[[int], float]) -> Partial:
+    def partial(self, row: int, keep: tuple[int, ...], next_use: Callable[[int], int]) -> Partial:
         """Return the row's partial, from memory, from the store, or the empty one; ``keep``: rows that must stay."""
         if row not in self._resident:
             if not self._free:

@@ -1,20 +1,25 @@
 """This machine as the planner sees it: devices, what is free, how fast it is, and the shapes its kernels like."""
 
 import re
+import shutil
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import psutil
 import torch
 
+from cqsa_stream.calibration import load
 from cqsa_stream.errors import InputError
 from cqsa_stream.kernels import kernel_for
 from cqsa_stream.problem import Problem
-from cqsa_stream.schedulers.costs import Rates
+from cqsa_stream.schedulers.memory import Tile
 from cqsa_stream.schedulers.planner import Machine
+from cqsa_stream.schedulers.rates import Rates, TileTimes
 
-__all__ = ["choose_device", "describe", "parse_size"]
+__all__ = ["choose_device", "describe", "free_host_bytes", "nominal_rates", "parse_size"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _HOST_RESERVED_BYTES = {"cpu": 18 << 20, "cuda": 1 << 30}  # libraries' own: code pages, stacks, handles; measured
@@ -53,32 +58,107 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def describe(device: torch.device, problem: Problem, device_memory: int | None, host_memory: int | None) -> Machine:
+def describe(
+    device: torch.device, problem: Problem, device_memory: int | None, host_memory: int | None, out: Path | None
+) -> Machine:
     """Return the machine; budgets that are not given are 80 % of what is free. Raises InputError."""
     if device.type == "cpu" and device_memory is not None:
         raise InputError("device_memory with device cpu: there is one pool there; give host_memory alone")
-    dtype = getattr(torch, problem.dtype)
-    nominal = 5e10 * torch.get_num_threads() if device.type == "cpu" else 3e13 if dtype == torch.float32 else 4e14
-    rates = Rates(nominal, read_bytes_per_s=1e9, write_bytes_per_s=5e8, commit_s=0.02, call_s=1e-4)
-    flops = _measured_flops(str(device), problem.dtype, problem.head_dim, problem.value_dim)
-    measured = replace(rates, flops_per_s=flops)
-    host = int(psutil.virtual_memory().available * _FREE_SHARE) if host_memory is None else host_memory
-    reserved = _HOST_RESERVED_BYTES[device.type] + _THREAD_BYTES * torch.get_num_threads()
+    stored = getattr(torch, problem.dtype)
+    dtype = str(kernel_for(device, stored).compute_dtype(stored)).removeprefix("torch.")
+    width = problem.head_dim + problem.value_dim
+    calibration = load(device)
+    known = calibration.rates(dtype, problem.head_dim, problem.value_dim) if calibration else None
+    nominal = nominal_rates(device, dtype, width)
+    measured = known or replace(
+        nominal, tiles=TileTimes.nominal(_measured_flops(str(device), problem.dtype, *_dims(problem)), width, 1e-4)
+    )
+    free = free_host_bytes()
+    shapes = _SHAPES["cpu" if device.type == "cpu" else "plain" if dtype == "float32" else "cuda"]
+    machine = Machine(
+        device=device.type,
+        device_allowed_bytes=None,
+        host_allowed_bytes=int(free * _FREE_SHARE) if host_memory is None else host_memory,
+        device_reserved_bytes=0,
+        host_reserved_bytes=_HOST_RESERVED_BYTES[device.type] + _THREAD_BYTES * torch.get_num_threads(),
+        rates=known or nominal,
+        measured=measured,
+        tile=shapes.tile,
+        block_tokens=shapes.block_tokens,
+        column_tokens=shapes.column_tokens,
+        step_flops=shapes.step_flops,
+        host_free_bytes=free,
+        disk_free_bytes=None if out is None else _free_disk_bytes(out),
+    )
     if device.type == "cpu":
-        return Machine(
-            device="cpu", device_allowed_bytes=None, host_allowed_bytes=host, device_reserved_bytes=0,
-            host_reserved_bytes=reserved, rates=rates, measured=measured, tile_rows=16_384, tile_columns=16_384,
-            leaf=1_024, block_tokens=16_384, column_tokens=16_384, step_flops=2e11,
-        )  # fmt: skip
-    if device_memory is None:
-        device_memory = int(torch.cuda.mem_get_info(device)[0] * _FREE_SHARE)
-    plain = dtype == torch.float32  # its scores are written out: small tiles
-    return Machine(
-        device="cuda", device_allowed_bytes=device_memory, host_allowed_bytes=host,
-        device_reserved_bytes=_DEVICE_RESERVED_BYTES, host_reserved_bytes=reserved, rates=rates, measured=measured,
-        tile_rows=2_048 if plain else 65_536, tile_columns=2_048 if plain else 65_536,
-        leaf=2_048 if plain else 65_536, block_tokens=65_536, column_tokens=131_072, step_flops=1e13 if plain else 1e15,
-    )  # fmt: skip
+        return machine
+    device_free = torch.cuda.mem_get_info(device)[0]
+    return replace(
+        machine,
+        device_allowed_bytes=int(device_free * _FREE_SHARE) if device_memory is None else device_memory,
+        device_reserved_bytes=_DEVICE_RESERVED_BYTES,
+        device_free_bytes=device_free,
+    )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    tile: Tile
+    block_tokens: int
+    column_tokens: int
+    step_flops: float
+
+
+_SHAPES = {
+    "cpu": _Shapes(Tile(16_384, 16_384, 1_024), 16_384, 16_384, 2e11),
+    "cuda": _Shapes(Tile(65_536, 65_536, 65_536), 65_536, 131_072, 1e15),
+    "plain": _Shapes(Tile(2_048, 2_048, 2_048), 65_536, 131_072, 1e13),  # its scores are written out: small tiles
+}
+
+
+def nominal_rates(device: torch.device, dtype: str, width: int) -> Rates:
+    """Return rates for a machine that was not measured."""
+    if device.type == "cpu":
+        tiles = TileTimes.nominal(5e10 * torch.get_num_threads(), width, 1e-4)
+        return Rates(tiles, 1e9, 5e8, 4e9, 2e9, 0.002, 0.004, 1e-3, 1e-4, 2e-10, 8e-10, torch.get_num_threads())
+    tiles = TileTimes.nominal(3e13 if dtype == "float32" else 4e14, width, 1e-4)
+    return Rates(tiles, 1e9, 5e8, 2e10, 2e9, 0.002, 0.002, 1e-9, 1e-4, 2e-10, 8e-10, 0)
+
+
+def free_host_bytes() -> int:
+    """Return what is free of host memory: of the machine's, or of what the control group of the process may have."""
+    free = psutil.virtual_memory().available
+    for limit, used, reclaimable in _control_group():
+        free = min(free, max(0, limit - used + reclaimable))
+    return free
+
+
+def _control_group() -> Iterator[tuple[int, int, int]]:
+    """Yield (limit, in use, of which page cache) of each group (version 2) that the process is in."""
+    try:
+        path = Path("/proc/self/cgroup").read_text().partition("0::")[2].strip().lstrip("/")
+    except OSError:
+        return
+    root = Path("/sys/fs/cgroup")
+    for folder in (root / path, *(root / path).parents):
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit.isdecimal():
+            yield int(limit), used, int(statistics.get("inactive_file", 0))
+
+
+def _free_disk_bytes(path: Path) -> int:
+    """Return what is free where a path is or will be."""
+    path = path.absolute()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+
+
+def _dims(problem: Problem) -> tuple[int, int]:
+    return problem.head_dim, problem.value_dim
 
 
 @cache

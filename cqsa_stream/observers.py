@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, TextIO
@@ -13,7 +13,16 @@ from tqdm import tqdm
 from cqsa_stream.events import Checkpointed, Ended, Event, Figures, Observer, Progressed, Started
 from cqsa_stream.run import RunDirectory
 
-__all__ = ["EventLog", "JsonLines", "PlainLines", "ProgressBar", "everyone", "rates", "terminal_observer"]
+__all__ = [
+    "EventLog",
+    "JsonLines",
+    "PlainLines",
+    "ProgressBar",
+    "everyone",
+    "rates",
+    "side_by_side",
+    "terminal_observer",
+]
 
 
 def everyone(observers: Iterable[Observer]) -> Observer:
@@ -35,6 +44,22 @@ def rates(figures: Figures) -> str:
         f"{figures.session_flops / seconds / 1e12:.3g} TFLOP/s, read {figures.bytes_read / seconds / 1e9:.3g} GB/s, "
         f"{eta} left"
     )
+
+
+def side_by_side(predicted: Mapping[str, float], measured: Mapping[str, float]) -> str:
+    """Return a table of what a plan said and what a run took."""
+    lines = [f"{'':<15}{'predicted':>12}{'measured':>12}"]
+    for name, label, unit in (
+        ("seconds", "seconds", 1.0),
+        ("host_bytes", "peak host MiB", 2.0**20),
+        ("device_bytes", "peak device MiB", 2.0**20),
+        ("bytes_read", "read MiB", 2.0**20),
+        ("bytes_written", "written MiB", 2.0**20),
+    ):
+        if predicted.get(name) or measured.get(name):
+            said, found = predicted.get(name, 0) / unit, measured.get(name, 0) / unit
+            lines.append(f"{label:<15}{said:>12,.1f}{found:>12,.1f}")
+    return "\n".join(lines)
 
 
 class ProgressBar:
@@ -61,6 +86,8 @@ class ProgressBar:
         self._bar.update(figures.pairs_done - self._bar.n)
         if isinstance(event, Ended):
             self._bar.close()
+            if event.reason == "done":
+                print(side_by_side(event.predicted, event.measured), file=self._file)
 
 
 class PlainLines:
@@ -83,6 +110,8 @@ class PlainLines:
             file=self._file,
             flush=True,
         )
+        if isinstance(event, Ended) and event.reason == "done":
+            print(side_by_side(event.predicted, event.measured), file=self._file, flush=True)
 
 
 class JsonLines:
@@ -123,7 +152,8 @@ class EventLog:
         elif isinstance(event, Checkpointed):
             self._directory.append_event({"event": "checkpointed", "seconds": event.seconds, **figures})
         elif isinstance(event, Ended):
-            self._directory.append_event({"event": "ended", "reason": event.reason, **figures})
+            compared = {"predicted": event.predicted, "measured": event.measured}
+            self._directory.append_event({"event": "ended", "reason": event.reason, **compared, **figures})
 
 
 def terminal_observer(*, as_json: bool, quiet: bool) -> tuple[Observer, ...]:

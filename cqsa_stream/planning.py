@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -9,16 +10,19 @@ from cqsa_stream.errors import BudgetError, InputError
 from cqsa_stream.kernels import kernel_for
 from cqsa_stream.machine import choose_device, describe, parse_size
 from cqsa_stream.problem import Problem, dtype_bytes
-from cqsa_stream.schedulers.costs import Stored
 from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.memory import Workload
-from cqsa_stream.schedulers.planner import MOST_CHUNKS, Plan, Request, make_plan
+from cqsa_stream.schedulers.plan import Plan
+from cqsa_stream.schedulers.planner import MOST_CHUNKS, Request, make_plan
 from cqsa_stream.schedulers.quorums import quorum_size
+from cqsa_stream.schedulers.traffic import Stored
 from cqsa_stream.storage.arrays import TokenArray
+from cqsa_stream.storage.errors import FullDiskError
 
-__all__ = ["Options", "plan_run", "refuse_over_budget"]
+__all__ = ["CHECKPOINT_EVERY_S", "Options", "plan_run", "refuse_over_budget", "refuse_what_is_not_there"]
 
 SCHEDULES = ("auto", "cqs", "rectangular")
+CHECKPOINT_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,14 @@ def plan_run(
     options: Options,
     *,
     durable: bool,
+    out: Path | None = None,
     grid: Grid | None = None,
     out_tokens: int | None = None,
 ) -> tuple[Plan, torch.device]:
-    """Return the plan, over budget or not, and the device it is for. Raises InputError."""
+    """Return the plan, over budget or not, and the device it is for. ``out``: where a new durable run's output goes.
+
+    Raises InputError.
+    """
     options.check(problem)
     device = choose_device(options.device or "auto")
     machine = describe(
@@ -70,19 +78,22 @@ def plan_run(
         problem,
         parse_size(options.device_memory, "device_memory"),
         parse_size(options.host_memory, "host_memory"),
+        out,
     )
+    every = options.checkpoint_every_s
     request = Request(
         work=_workload(problem, arrays, device, durable=durable),
         queries=problem.queries,
         keys=problem.keys,
         first_query=problem.first_query,
         same_positions=problem.same_positions,
-        keys_seen=problem.mask.keys_seen,
+        mask=problem.mask,
         arrays=(
             _stored(arrays["query"], problem.group),
             _stored(arrays["key"], 1),
             _stored(arrays["value"], 1),
         ),
+        checkpoint_every_s=CHECKPOINT_EVERY_S if every is None else every,
         schedule=options.schedule or "auto",
         chunks=options.chunks,
         grid=grid,
@@ -98,17 +109,26 @@ def refuse_over_budget(plan: Plan) -> None:
     """Raise BudgetError where the plan does not fit, naming what would."""
     if plan.fits:
         return
-    smallest = min(plan.candidates, key=lambda p: p.footprint.host_bytes + p.footprint.device_bytes).footprint
-    host, device = -(-smallest.host_bytes // 2**20), -(-smallest.device_bytes // 2**20)
+    host, device = -(-plan.least.host_bytes // 2**20), -(-plan.least.device_bytes // 2**20)
     allowed = plan.host_allowed_bytes / 2**20
     lines = [
         f"no plan fits: host memory {allowed:.1f} MiB allowed; the smallest that would do: --host-memory {host}MiB"
     ]
     if plan.device_allowed_bytes is not None:
         lines.append(f"device memory {plan.device_allowed_bytes / 2**20:.1f} MiB allowed; --device-memory {device}MiB")
-    if smallest.host["output"]:
+    if plan.least.pageable["output"]:
         lines.append("the output stays in memory: name a path for it (out) to need less")
     raise BudgetError("; ".join(lines))
+
+
+def refuse_what_is_not_there(plan: Plan) -> None:
+    """Raise BudgetError or FullDiskError where the machine has less free than the plan needs, whatever is allowed."""
+    for pool, projected, free in plan.lacking():
+        found = f"{pool}: {projected / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free"
+        if pool == "disk":
+            raise FullDiskError(f"{found}; make room where the output goes, and run the same command again")
+        option = "--" + pool.replace(" ", "-")
+        raise BudgetError(f"{found}; allow less ({option} {free // 2**20}MiB), or free some")
 
 
 def _workload(problem: Problem, arrays: dict[str, TokenArray], device: torch.device, *, durable: bool) -> Workload:
@@ -139,4 +159,5 @@ def _stored(array: TokenArray, heads: int) -> Stored:
         chunk_tokens=token_chunk,
         heads_fetched=-(-heads // head_chunk) * head_chunk * batch_chunk,
         row_bytes=array.shape[3] * dtype_bytes(array.dtype),
+        decoded=token_chunk > 1,
     )

@@ -1,7 +1,9 @@
-"""Reading ahead: a thread walks the schedule before the engine and fills a bounded ring of host buffers.
+"""Reading ahead: a thread walks the schedule before the engine and fills host buffers with what is not there yet.
 
 The buffers are allocated once, at their exact size; for a CUDA device they are page-locked, so that copies to the
-device run beside the compute. A buffer is filled again only when its last reader has let go of it.
+device run beside the compute. What stands in a buffer and will be used again stays, as far as there are buffers
+(``Residency``: the planner has counted the reads in the same way). A buffer is filled anew only when its last reader
+has let go of it.
 """
 
 import queue
@@ -14,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cqsa_stream.schedulers.memory import Layout
+from cqsa_stream.schedulers.residency import Residency
 from cqsa_stream.storage.arrays import TokenArray
 from cqsa_stream.storage.raw import numpy_dtype
 
@@ -22,51 +26,61 @@ __all__ = ["Loaded", "Prefetcher", "Read"]
 
 @dataclass(frozen=True)
 class Read:
-    """One piece to be read: some tokens of some heads of one array."""
+    """One piece to be read: some tokens of a lane's heads; ``next_use``: larger, the later it is used again in it."""
 
+    lane: int
     array: Literal["query", "key", "value"]
     batch: int
     heads: range
     tokens: range
+    next_use: int
 
 
 @dataclass
 class _Slot:
     bytes: np.ndarray
+    released: "queue.SimpleQueue[None]" = field(default_factory=queue.SimpleQueue)
+    readers: int = 0
     in_use_until: torch.cuda.Event | None = None
 
 
 @dataclass
 class Loaded:
-    """A piece in host memory, ``values [head, token, feature]``; release it when its last reader is done."""
+    """A piece in host memory, ``values [head, token, feature]``; release it when its reader is done."""
 
     read: Read
     values: Tensor
     _slot: _Slot = field(repr=False)
-    _free: "queue.SimpleQueue[_Slot | None]" = field(repr=False)
+    _turns: "queue.SimpleQueue[None]" = field(repr=False)
 
     def release(self, until: torch.cuda.Event | None = None) -> None:
-        """Give the buffer back; it is filled again once the event has happened."""
+        """Let go of the buffer; it may be filled again once the event has happened."""
         self._slot.in_use_until = until
-        self._free.put(self._slot)
+        self._slot.released.put(None)
+        self._turns.put(None)
 
 
 class Prefetcher:
     """Yields the pieces of ``reads`` in order, read by a thread of its own; a context manager."""
 
     def __init__(
-        self, reads: Iterator[Read], arrays: dict[str, TokenArray], slots: int, slot_bytes: int, device: torch.device
+        self,
+        reads: Iterator[Read],
+        arrays: dict[str, TokenArray],
+        layout: Layout,
+        device: torch.device,
     ) -> None:
         self._reads = reads
         self._arrays = arrays
-        self._memory = torch.empty(slots * slot_bytes, dtype=torch.uint8)
+        self._memory = torch.empty(layout.slots * layout.slot_bytes, dtype=torch.uint8)
         self._pinned = device.type == "cuda"
-        self._free: queue.SimpleQueue[_Slot | None] = queue.SimpleQueue()
+        self._slots = [_Slot(part) for part in np.split(self._memory.numpy(), layout.slots)]
+        self._residency = Residency(layout.slots, layout.ring_slots - 1)
+        self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each piece that may yet be made ready
+        for _ in self._slots:
+            self._turns.put(None)
         self._ready: queue.SimpleQueue[Loaded | BaseException | None] = queue.SimpleQueue()
         self._closing = threading.Event()
-        whole = self._memory.numpy()
-        for index in range(slots):
-            self._free.put(_Slot(whole[index * slot_bytes : (index + 1) * slot_bytes]))
         self._thread = threading.Thread(target=self._fill, name="cqsa-prefetch", daemon=True)
 
     def __enter__(self) -> "Prefetcher":
@@ -77,7 +91,10 @@ class Prefetcher:
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        self._free.put(None)
+        self._turns.put(None)
+        for slot in self._slots:
+            for _i in range(slot.readers):
+                slot.released.put(None)
         self._thread.join()
         if self._pinned and self._memory.numel():
             torch.cuda.synchronize()
@@ -97,25 +114,40 @@ class Prefetcher:
 
     def _fill(self) -> None:
         try:
+            lane = 0
             for read in self._reads:
-                slot = self._free.get()
-                if slot is None or self._closing.is_set():
+                self._turns.get()
+                if read.lane != lane:
+                    lane = read.lane
+                    self._residency.forget()
+                index, present = self._residency.place((read.array, read.tokens), read.next_use)
+                slot = self._slots[index]
+                if not present:
+                    self._wait_for_readers(slot)
+                if self._closing.is_set():
                     return
-                if slot.in_use_until is not None:
-                    slot.in_use_until.synchronize()
-                self._ready.put(self._load(read, slot))
+                slot.readers += 1
+                self._ready.put(self._load(read, slot, present=present))
             self._ready.put(None)
         except BaseException as error:  # handed to the thread that waits for this piece
             self._ready.put(error)
 
-    def _load(self, read: Read, slot: _Slot) -> Loaded:
+    def _wait_for_readers(self, slot: _Slot) -> None:
+        for _ in range(slot.readers):
+            slot.released.get()
+        slot.readers = 0
+        if slot.in_use_until is not None:
+            slot.in_use_until.synchronize()
+
+    def _load(self, read: Read, slot: _Slot, *, present: bool) -> Loaded:
         array = self._arrays[read.array]
         dtype = numpy_dtype(array.dtype)
         shape = (len(read.heads), len(read.tokens), array.shape[3])
         used = slot.bytes[: int(np.prod(shape)) * dtype.itemsize]
-        array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
+        if not present:
+            array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
         values = torch.from_numpy(used).view(getattr(torch, array.dtype)).reshape(shape)
-        return Loaded(read, values, slot, self._free)
+        return Loaded(read, values, slot, self._turns)
 
 
 def _cudart() -> Any:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from cqsa_stream.errors import InputError
-from cqsa_stream.masks import Mask, mask_of
+from cqsa_stream.schedulers.masks import Mask, mask_of
 
 __all__ = ["DTYPES", "Problem", "dtype_bytes"]
 

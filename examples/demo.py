@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cqsa_stream.observers import side_by_side
+
 FOLDER = Path("demo")
 CQSA = [sys.executable, "-c", "from cqsa_stream.cli import main; main()"]
 SHAPE = ["--tokens", "65536", "--heads", "4", "--head-dim", "64", "--dtype", "bfloat16"]
@@ -24,7 +26,6 @@ RUN = [
     "48MiB",
 ]
 RUN_DIRECTORY = f"{FOLDER}/out.zarr.run"
-MIB = 2**20
 
 
 def say(*words: str) -> list[str]:
@@ -71,11 +72,8 @@ def main() -> None:
     subprocess.run(say("run", *RUN), check=True)
     subprocess.run(say("verify", RUN_DIRECTORY), check=True)
     found = status()
-    print("\n                     predicted    measured   (both sessions; the work lost by the kill included)")
-    print(f"seconds           {found['predicted_s']:12.1f}{found['elapsed_s']:12.1f}")
-    print(f"peak host MiB     {found['host_projected_bytes'] / MIB:12.1f}{found['host_peak_bytes'] / MIB:12.1f}")
-    print(f"read MiB          {found['predicted_bytes_read'] / MIB:12.1f}{found['bytes_read'] / MIB:12.1f}")
-    print(f"written MiB       {found['predicted_bytes_written'] / MIB:12.1f}{found['bytes_written'] / MIB:12.1f}")
+    print("\nBoth sessions together, the work that the kill lost included:")
+    print(side_by_side(found["predicted"], found["measured"]))
     if not found["complete"]:
         sys.exit("the run is not complete")
 

@@ -1,102 +1,172 @@
-"""The cost model: bytes moved and seconds of a plan, before it runs. Pure arithmetic."""
+"""The cost model: the seconds of a plan, from what it computes and moves. Pure arithmetic.
+
+Reading, computing and writing what is finished go on at the same time, so a run takes as long as the slowest of them,
+plus the first block that must be there before anything starts and the last row that is written after everything.
+"""
 
 from dataclasses import dataclass
 
-from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.memory import Layout, Workload, partial_bytes
+from cqsa_stream.schedulers.grid import Grid
+from cqsa_stream.schedulers.masks import Mask
+from cqsa_stream.schedulers.memory import FILE_HEADER_BYTES, Layout, Workload, partial_file_bytes
+from cqsa_stream.schedulers.rates import Rates, TileTimes
 from cqsa_stream.schedulers.schedules import Schedule
+from cqsa_stream.schedulers.traffic import Traffic
 
-__all__ = ["Cost", "Rates", "Stored", "cost"]
+__all__ = ["Cost", "cost", "kernel_s"]
 
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a machine is: FLOP/s of the kernel, bytes/s of the disk, seconds for one durable commit and one call."""
-
-    flops_per_s: float
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-    commit_s: float
-    call_s: float
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How an array lies on disk: what a read of some tokens of ``heads`` heads fetches."""
-
-    axis_tokens: int
-    chunk_tokens: int
-    heads_fetched: int
-    row_bytes: int
-
-    def fetched_bytes(self, span: range, block_tokens: int) -> int:
-        """Bytes fetched to read a span, block by block: stored chunks come whole."""
-        if not span:
-            return 0
-        if self.chunk_tokens == 1:
-            return len(span) * self.heads_fetched * self.row_bytes
-        tokens = 0
-        for start in range(span.start, span.stop, block_tokens):
-            stop = min(start + block_tokens, span.stop)
-            first = start // self.chunk_tokens * self.chunk_tokens
-            tokens += min(-(-stop // self.chunk_tokens) * self.chunk_tokens, self.axis_tokens) - first
-        return tokens * self.heads_fetched * self.row_bytes
+_ROWS_SAMPLED = 16
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes and seconds of all lanes. ``spills``: partials written to and read back from disk before their time."""
+    """Bytes and seconds of all lanes, by what works at the same time. ``spills``: partials that leave memory for disk
+    before they are finished; ``checkpoints``: how many fall due.
+    """
 
     bytes_read: int
     bytes_written: int
     spills: int
+    checkpoints: int
     seconds: float
+    kernel_s: float
+    compute_s: float
+    read_s: float
+    write_s: float
 
 
 def cost(
     work: Workload,
-    grid: Grid,
     schedule: Schedule,
     layout: Layout,
+    traffic: Traffic,
+    kernel: float,
     rates: Rates,
-    arrays: tuple[Stored, Stored, Stored],
-    first_query: int,
+    checkpoint_every_s: float,
+    cold_bytes: int,
+    touched_bytes: int,
 ) -> Cost:
-    """Price a plan: compute and reading overlap, commits do not."""
-    times_row, times_column = schedule.loads()
-    query, key, value = arrays
-    query_block = max(1, layout.block_tokens * max(work.head_dim, work.value_dim) // (work.group * work.head_dim))
-    read = _bytes(times_row, grid.rows, query, query_block, first_query)
-    read += _bytes(times_column, grid.columns, key, layout.block_tokens, 0)
-    read += _bytes(times_column, grid.columns, value, layout.block_tokens, 0)
-    finished = sum(1 for n in times_row if n)
-    spills = 0
-    if layout.resident_rows < finished:
-        spills = round((1 - layout.resident_rows / finished) * (sum(times_row) - finished))
-    one = partial_bytes(work, grid.rows.chunk_tokens)
-    written = work.group * grid.rows.tokens * (work.value_dim * work.out_itemsize + 4) + spills * one
-    rows, columns = min(grid.rows.chunk_tokens, layout.tile_rows), min(layout.tile_columns, layout.block_tokens)
-    calls = grid.pairs * -(-grid.rows.chunk_tokens // rows) * -(-grid.columns.chunk_tokens // columns)
-    compute = work.flops * (1 + 40 / columns + 64 / rows) / rates.flops_per_s + calls * work.lanes * rates.call_s
-    reading = work.lanes * (read + spills * one) / rates.read_bytes_per_s
-    commits = work.lanes * (finished + spills) * rates.commit_s + work.lanes * written / rates.write_bytes_per_s
+    """Price a plan whose kernel calls take ``kernel`` seconds in all.
+
+    ``cold_bytes`` come from the disk, the rest of what is fetched from the system's page cache.
+    """
+    grid = schedule.grid
+    staged = (traffic.query_tokens * work.group * work.head_dim) * work.compute_itemsize
+    if work.compute_itemsize != work.stored_itemsize or not rates.cores:
+        staged += traffic.key_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize
+    reader = (traffic.bytes_read - traffic.decoded_bytes) * rates.read_cpu_s
+    reader += traffic.decoded_bytes * rates.decode_cpu_s
+    spilling = traffic.spills * rates.file_s + traffic.spilled_bytes / rates.write_bytes_per_s
+    spilling += traffic.restored_bytes * max(rates.read_cpu_s, 1 / rates.read_bytes_per_s)
+    staging = staged / rates.stage_bytes_per_s
+    compute = kernel + traffic.blocks * rates.block_s + touched_bytes / rates.touch_bytes_per_s + spilling
+    compute += staging + reader / rates.cores if rates.cores else 0.0
+    read = max(reader, cold_bytes / rates.read_bytes_per_s + (traffic.fetched_bytes - cold_bytes) * rates.read_cpu_s)
+    files, data = _finishing(work, grid, layout) if work.durable else (0, 0)
+    finish = files * rates.file_s + data / rates.write_bytes_per_s  # with nothing else to do
+    finished = grid.rows.filled * work.lanes
+    write = finished * (files * rates.busy_file_s + data / rates.write_bytes_per_s)
+    compute += finished * files * rates.file_lost_s
+    fill = layout.slot_bytes * 2 / rates.read_bytes_per_s
+    drain = finish * min(_rows_ending_together(schedule), grid.rows.filled)
+    waiting = _waits(schedule, layout) * finish * work.lanes
+    seconds = fill + max(compute + waiting, staging, read, write) + drain
+    checkpoints = int(seconds / checkpoint_every_s) if work.durable and checkpoint_every_s else 0
+    if checkpoints:
+        tasks = 1 + checkpoint_every_s * len(schedule) * work.lanes / seconds  # that change partials in between
+        changed = min(layout.resident_rows, grid.rows.filled, round(tasks * schedule.rows_per_task))
+        each = changed * partial_file_bytes(work, grid.rows.chunk_tokens, grid.columns.chunks)
+        seconds += checkpoints * (changed * rates.file_s + each / rates.write_bytes_per_s)
+    else:
+        each = 0
     return Cost(
-        work.lanes * (read + spills * one),
-        work.lanes * written,
-        work.lanes * spills,
-        max(compute, reading) + (commits if work.durable else 0.0),
+        bytes_read=traffic.bytes_read,
+        bytes_written=traffic.bytes_written + checkpoints * each,
+        spills=traffic.spills,
+        checkpoints=checkpoints,
+        seconds=seconds,
+        kernel_s=kernel,
+        compute_s=compute,
+        read_s=read,
+        write_s=write,
     )
 
 
-def _bytes(times: list[int], axis: Axis, stored: Stored, block_tokens: int, offset: int) -> int:
-    total, exact = 0, {}
-    for chunk, count in enumerate(times):
-        if not count:
-            continue
-        span = axis.span(chunk)
-        moved = range(span.start + offset, span.stop + offset)
-        kind = (len(span), moved.start % stored.chunk_tokens, stored.axis_tokens - moved.stop < stored.chunk_tokens)
-        if kind not in exact:
-            exact[kind] = stored.fetched_bytes(moved, block_tokens)
-        total += count * exact[kind]
-    return total
+def _finishing(work: Workload, grid: Grid, layout: Layout) -> tuple[int, int]:
+    """Files and bytes of one row chunk's output, its lse, and the word that it is finished."""
+    rows = min(grid.rows.chunk_tokens, grid.rows.tokens)
+    files = work.group * (-(-rows // layout.out_tokens) + 1) + 1
+    return files, work.group * rows * (work.value_dim * work.out_itemsize + 4) + FILE_HEADER_BYTES
+
+
+def _rows_ending_together(schedule: Schedule) -> int:
+    """How many rows need their last column at the same time: those of a task, where all see all keys."""
+    last = [len(needed) for needed in schedule.grid.needed if needed]
+    if schedule.name == "rectangular" and len(set(last[-schedule.rows_per_task :])) > 1:
+        return 1
+    return schedule.rows_per_task
+
+
+def _waits(schedule: Schedule, layout: Layout) -> float:
+    """For how many finished rows of a lane the next task waits, because their places are not free yet."""
+    spare = layout.resident_rows - schedule.rows_per_task
+    if schedule.name == "cqs":
+        return schedule.grid.rows.filled * max(0.0, 1 - spare / schedule.rows_per_task)
+    return max(0, _rows_ending_together(schedule) - spare) * len(schedule)
+
+
+def kernel_s(work: Workload, grid: Grid, layout: Layout, mask: Mask, tiles: TileTimes) -> float:
+    """Return the seconds of all kernel calls of all lanes, from those of some rows, evenly spread."""
+    filled = grid.rows.filled
+    count = min(filled, _ROWS_SAMPLED)
+    sampled = [round((i + 0.5) * filled / count - 0.5) for i in range(count)]
+    known: dict[tuple[int, int, int], float] = {}
+    total = sum(_row_s(row, work, grid, layout, mask, tiles, known) for row in sampled)
+    pairs = sum(len(grid.needed[row]) for row in sampled)
+    return work.lanes * total * (grid.pairs / pairs if pairs else 0.0)
+
+
+def _row_s(
+    row: int,
+    work: Workload,
+    grid: Grid,
+    layout: Layout,
+    mask: Mask,
+    tiles: TileTimes,
+    known: dict[tuple[int, int, int], float],
+) -> float:
+    """Seconds of one row chunk: columns that all its rows see take as long as each other."""
+    span, columns = grid.rows.span(row), grid.needed[row]
+    first, last = mask.seen_by(span.start), mask.seen_by(span.stop - 1)
+    start, stop = max(first.start, last.start), min(first.stop, last.stop)
+    unit = grid.columns.chunk_tokens
+    whole = range(max(columns.start, -(-start // unit)), min(columns.stop, stop // unit))
+    seconds = 0.0
+    if whole:
+        seconds = len(whole) * _pair_s(span, grid.columns.span(whole.start), work, layout, mask, tiles, known)
+    for column in (*range(columns.start, whole.start), *range(whole.stop, columns.stop)) if whole else columns:
+        seconds += _pair_s(span, grid.columns.span(column), work, layout, mask, tiles, known)
+    return seconds
+
+
+def _pair_s(
+    rows: range,
+    keys: range,
+    work: Workload,
+    layout: Layout,
+    mask: Mask,
+    tiles: TileTimes,
+    known: dict[tuple[int, int, int], float],
+) -> float:
+    seen = mask.scores(rows, keys)
+    kind = (len(rows), len(keys), seen)
+    if kind not in known:
+        total = 0.0
+        for start in range(keys.start, keys.stop, layout.block_tokens):
+            block = range(start, min(start + layout.block_tokens, keys.stop))
+            for call in mask.calls(rows, block, layout.tile):
+                side = len(call.rows) // call.tiles
+                columns = len(call.columns) // call.tiles
+                total += tiles.call_s(work.group * side, columns, call.mask == "causal", call.tiles)
+        known[kind] = total
+    return known[kind]

@@ -22,6 +22,11 @@ class Axis:
         unit = 1 << max(0, (even // 16).bit_length() - 1)
         return cls(tokens, -(-even // unit) * unit, chunks)
 
+    @property
+    def filled(self) -> int:
+        """The chunks that hold tokens at all."""
+        return -(-self.tokens // self.chunk_tokens)
+
     def span(self, chunk: int) -> range:
         """Return the tokens of a chunk; empty past the end."""
         start = min(chunk * self.chunk_tokens, self.tokens)

@@ -1,13 +1,36 @@
 """The memory model: how many bytes a plan holds, by pool and by purpose. Pure arithmetic.
 
-Two pools: what lies on the device, and what lies in host memory. On the CPU both are one, the host's.
+Four pools: the device's memory; host memory, page-locked and pageable; disk. On the CPU the device's share is the
+host's. A budget is for the device, or for host memory of both kinds; the disk is only held against what is free there.
 """
 
 from dataclasses import dataclass
 
-from cqsa_stream.schedulers.grid import Grid
+from cqsa_stream.schedulers.grid import Axis
 
-__all__ = ["Footprint", "Layout", "Workload", "footprint", "partial_bytes", "slot_bytes"]
+__all__ = [
+    "FILE_HEADER_BYTES",
+    "Footprint",
+    "Layout",
+    "Tile",
+    "Workload",
+    "footprint",
+    "partial_bytes",
+    "partial_file_bytes",
+    "query_tokens",
+    "slot_bytes",
+]
+
+FILE_HEADER_BYTES = 4096  # of the file of a partial
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The largest kernel call, in tokens; ``leaf`` is the longest side of a causal triangle."""
+
+    rows: int
+    columns: int
+    leaf: int
 
 
 @dataclass(frozen=True)
@@ -15,8 +38,8 @@ class Workload:
     """The numbers of a problem that planning needs, and what its stored arrays are like.
 
     ``staging_bytes``: the most that any one read holds besides its buffer. ``stored_itemsize``, ``compute_itemsize``,
-    ``out_itemsize``: bytes of one number on disk, on the device, in the output. ``durable``: partials can leave memory
-    for disk. ``resident_output_bytes``: an output that stays in memory.
+    ``out_itemsize``: bytes of one number on disk, on the device, in the output. ``durable``: results go to disk, and
+    partials can leave memory for it. ``resident_output_bytes``: an output that stays in memory.
     """
 
     lanes: int
@@ -36,19 +59,26 @@ class Workload:
 class Layout:
     """The shapes of a run that take memory, in chunks and tokens.
 
-    ``rows_per_task`` row chunks' queries and ``resident_rows`` row chunks' partials stand on the device; ``ring_slots``
-    buffers of ``block_tokens`` tokens each hold what is read ahead; a kernel call takes at most ``tile_rows`` by
-    ``tile_columns``, a causal one ``leaf`` by ``leaf``; the output is written ``out_tokens`` at a time.
+    ``rows_per_task`` row chunks' queries and ``resident_rows`` row chunks' partials stand on the device. Of host
+    buffers of ``slot_bytes``, ``ring_slots`` hold what is read ahead and ``cache_slots`` what will be used again: a
+    block of ``block_tokens`` keys or values, or ``query_tokens`` queries of all heads of the group. A kernel call takes
+    at most a ``tile``; the output is stored ``out_tokens`` at a time; CQS takes every ``stride``-th quorum.
     """
 
     rows_per_task: int
     resident_rows: int
     block_tokens: int
+    query_tokens: int
+    slot_bytes: int
     ring_slots: int
-    tile_rows: int
-    tile_columns: int
-    leaf: int
+    cache_slots: int
+    tile: Tile
     out_tokens: int
+    stride: int = 1
+
+    @property
+    def slots(self) -> int:
+        return self.ring_slots + self.cache_slots
 
 
 @dataclass(frozen=True)
@@ -56,7 +86,9 @@ class Footprint:
     """Projected bytes by purpose, for each pool."""
 
     device: dict[str, int]
-    host: dict[str, int]
+    pinned: dict[str, int]
+    pageable: dict[str, int]
+    disk: dict[str, int]
 
     @property
     def device_bytes(self) -> int:
@@ -64,12 +96,21 @@ class Footprint:
 
     @property
     def host_bytes(self) -> int:
-        return sum(self.host.values())
+        return sum(self.pinned.values()) + sum(self.pageable.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(self.disk.values())
 
 
-def slot_bytes(head_dim: int, value_dim: int, group: int, itemsize: int, block_tokens: int) -> int:
-    """Return the size of one ring buffer: a block of one array, or one token of all the group's queries."""
-    return max(max(head_dim, value_dim) * block_tokens, group * head_dim) * itemsize
+def slot_bytes(work: Workload, block_tokens: int) -> int:
+    """Return the size of one host buffer: a block of one array, or one token of all the group's queries."""
+    return max(max(work.head_dim, work.value_dim) * block_tokens, work.group * work.head_dim) * work.stored_itemsize
+
+
+def query_tokens(work: Workload, block_tokens: int) -> int:
+    """Return how many tokens of all the group's queries fit one host buffer."""
+    return max(1, block_tokens * max(work.head_dim, work.value_dim) // (work.group * work.head_dim))
 
 
 def partial_bytes(work: Workload, rows: int) -> int:
@@ -77,31 +118,51 @@ def partial_bytes(work: Workload, rows: int) -> int:
     return work.group * rows * (4 * work.value_dim + 8)
 
 
+def partial_file_bytes(work: Workload, rows: int, columns: int) -> int:
+    """Return the size of a partial's file: a header, a bit for each of the column chunks, the numbers."""
+    return FILE_HEADER_BYTES + -(-columns // 8) + partial_bytes(work, rows)
+
+
 def footprint(
-    work: Workload, grid: Grid, layout: Layout, device: str, device_reserved: int, host_reserved: int
+    work: Workload,
+    rows: Axis,
+    columns: Axis,
+    layout: Layout,
+    stored_partials: int,
+    device: str,
+    device_reserved: int,
+    host_reserved: int,
 ) -> Footprint:
-    """Return what a run of this layout holds at most."""
-    rows = grid.rows.chunk_tokens
+    """Return what a run of this layout holds at most, with so many partials on disk at a time."""
+    count = rows.chunk_tokens
     block = layout.block_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize
     on_device = {
-        "queries": layout.rows_per_task * work.group * rows * work.head_dim * work.compute_itemsize,
-        "partials": layout.resident_rows * partial_bytes(work, rows),
-        "tile": _tile_bytes(work, min(rows, layout.tile_rows), layout, device),
+        "queries": layout.rows_per_task * work.group * count * work.head_dim * work.compute_itemsize,
+        "partials": layout.resident_rows * partial_bytes(work, count),
+        "tile": _tile_bytes(work, min(count, layout.tile.rows), layout, device),
     }
-    writing = layout.out_tokens * 3 * work.value_dim * work.out_itemsize + 8 * work.group * rows
-    in_host = {
-        "ring": layout.ring_slots
-        * slot_bytes(work.head_dim, work.value_dim, work.group, work.stored_itemsize, layout.block_tokens),
+    staged = {"ring": layout.ring_slots * layout.slot_bytes, "cache": layout.cache_slots * layout.slot_bytes}
+    pageable = {
         "reading": work.staging_bytes,
-        "writing": writing,
+        "writing": layout.out_tokens * 3 * work.value_dim * work.out_itemsize + 8 * work.group * count,
         "output": work.resident_output_bytes,
         "reserved": host_reserved,
     }
+    disk = _disk(work, rows, columns, stored_partials) if work.durable else {}
     if device == "cpu":
-        upcast = block if work.compute_itemsize != work.stored_itemsize else 0
-        return Footprint({}, {**on_device, "upcast": upcast, **in_host})
-    in_host["partial staging"] = partial_bytes(work, rows)
-    return Footprint({**on_device, "blocks": 2 * block, "reserved": device_reserved}, in_host)
+        upcast = {"upcast": block if work.compute_itemsize != work.stored_itemsize else 0}
+        return Footprint({}, {}, {**on_device, **upcast, **staged, **pageable}, disk)
+    pageable["partial staging"] = partial_bytes(work, count)
+    return Footprint({**on_device, "blocks": 2 * block, "reserved": device_reserved}, staged, pageable, disk)
+
+
+def _disk(work: Workload, rows: Axis, columns: Axis, stored_partials: int) -> dict[str, int]:
+    """The output; the partials of one lane, one of them being replaced; a header for each row that is finished."""
+    return {
+        "output": work.lanes * work.group * rows.tokens * (work.value_dim * work.out_itemsize + 4),
+        "partials": (stored_partials + 1) * partial_file_bytes(work, rows.chunk_tokens, columns.chunks)
+        + work.lanes * rows.filled * FILE_HEADER_BYTES,
+    }
 
 
 def _tile_bytes(work: Workload, rows: int, layout: Layout, device: str) -> int:
@@ -115,8 +176,8 @@ def _tile_bytes(work: Workload, rows: int, layout: Layout, device: str) -> int:
         result += heads_rows * 2 * width  # the 16-bit result before it is widened
     padded = 0
     if work.head_dim != work.value_dim or (device == "cuda" and width % 8):
-        padded = (heads_rows + 2 * layout.tile_columns) * (width + 8) * work.compute_itemsize
+        padded = (heads_rows + 2 * layout.tile.columns) * (width + 8) * work.compute_itemsize
     scores = 0
     if device == "cuda" and work.compute_itemsize == 4:  # the plain kernel writes its scores out
-        scores = 3 * heads_rows * max(layout.tile_columns, layout.leaf) * 4
+        scores = 3 * heads_rows * max(layout.tile.columns, layout.tile.leaf) * 4
     return result + padded + scores

@@ -1,35 +1,40 @@
 """The planner: how many chunks, which schedule and what shapes, under the budgets; a plan says what a run will need."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product, takewhile
-from typing import Any
 
-from cqsa_stream.schedulers.costs import Cost, Rates, Stored, cost
+from cqsa_stream.schedulers.costs import Cost, cost, kernel_s
 from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.memory import Footprint, Layout, Workload, footprint
+from cqsa_stream.schedulers.masks import Mask
+from cqsa_stream.schedulers.memory import Footprint, Layout, Tile, Workload, footprint, query_tokens, slot_bytes
+from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
-from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule
+from cqsa_stream.schedulers.rates import Rates, TileTimes
+from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule, gaps, strides
+from cqsa_stream.schedulers.traffic import Stored, Traffic, countable, counted, estimated, kept
 
-__all__ = ["MOST_CHUNKS", "Machine", "Plan", "Request", "make_plan", "make_schedule"]
+__all__ = ["MOST_CHUNKS", "Machine", "Request", "make_plan", "make_schedule"]
 
-_TIE = (
-    1.02  # schedules whose seconds differ by less are equal: then CQS if nothing spills, its tasks being free to move
-)
+_TIE = 1.02  # seconds that differ by less are equal: the model is no better than that
 MOST_CHUNKS = 100_000
 _CHOSEN_CHUNKS = 10_303  # the most that the planner takes by itself
+_LEAST_CHUNK_TOKENS = 256  # smaller chunks save little memory and cost much time
 _OUT_CHUNK_BYTES = 4 << 20
 _LEAST_OUT_CHUNK_BYTES = 64 << 10
-_SMALLEST_BLOCK = 64
-_GRIDS_WEIGHED = 3  # of those that fit, the fewest chunks first: more cost more
+_SMALLEST_BLOCK = 256
+_WEIGHED = 3  # numbers of chunks that fit, the fewest first; and of each as many sizes of blocks, the largest first
+_RINGS = (6, 4)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device as the planner sees it: budgets in bytes, rates, and the shapes that its kernel likes, in tokens.
+    """A device as the planner sees it: budgets and what is free in bytes, rates, and the shapes that its kernel likes.
 
-    A plan is chosen by ``rates``, which are the same from day to day, so that the same command makes the same plan; its
-    seconds are told by ``measured``. ``step_flops`` bounds the work between two moments at which a run can stop.
+    A plan is chosen by ``rates``; its seconds are told by ``measured``: without a calibration, what a quick trial
+    found, which must not change the plan from one day to the next. ``step_flops`` bounds the work between two moments
+    at which a run can stop. What is None is not there, or not known.
     """
 
     device: str
@@ -39,12 +44,13 @@ class Machine:
     host_reserved_bytes: int
     rates: Rates
     measured: Rates
-    tile_rows: int
-    tile_columns: int
-    leaf: int
+    tile: Tile
     block_tokens: int
     column_tokens: int
     step_flops: float
+    device_free_bytes: int | None = None
+    host_free_bytes: int | None = None
+    disk_free_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Request:
     """What is to be planned. ``chunks`` and ``schedule`` are given where a user forces them; ``grid`` and
     ``out_tokens`` where a run has begun, whose output is stored in chunks of so many tokens.
 
-    ``keys_seen(rows)``: the keys that any of the rows sees; ``arrays``: how query, key and value are stored.
+    ``arrays``: how query, key and value are stored.
     """
 
     work: Workload
@@ -60,93 +66,18 @@ class Request:
     keys: int
     first_query: int
     same_positions: bool
-    keys_seen: Callable[[range], range]
+    mask: Mask
     arrays: tuple[Stored, Stored, Stored]
+    checkpoint_every_s: float = 60.0
     schedule: str = "auto"
     chunks: int | None = None
     grid: Grid | None = None
     out_tokens: int | None = None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A schedule over a grid, with what it will hold, move and take. Sizes in bytes, times in seconds."""
-
-    schedule: str
-    grid: Grid
-    layout: Layout
-    tasks: int
-    pairs: int
-    flops: int
-    cost: Cost
-    footprint: Footprint
-    device_allowed_bytes: int | None
-    host_allowed_bytes: int
-    candidates: tuple["Plan", ...] = ()
-
-    @property
-    def fits(self) -> bool:
-        return self.footprint.host_bytes <= self.host_allowed_bytes and (
-            self.device_allowed_bytes is None or self.footprint.device_bytes <= self.device_allowed_bytes
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what ``cqsa plan --json`` prints."""
-        described = {
-            "schedule": self.schedule,
-            "chunks": self.grid.rows.chunks,
-            "chunk_tokens": self.grid.rows.chunk_tokens,
-            "column_chunks": self.grid.columns.chunks,
-            "column_chunk_tokens": self.grid.columns.chunk_tokens,
-            "quorum_size": quorum_size(self.grid.rows.chunks) if self.schedule == "cqs" else None,
-            "tasks": self.tasks,
-            "pairs": self.pairs,
-            "layout": asdict(self.layout),
-            "device_projected_bytes": self.footprint.device_bytes,
-            "host_projected_bytes": self.footprint.host_bytes,
-            "device_allowed_bytes": self.device_allowed_bytes,
-            "host_allowed_bytes": self.host_allowed_bytes,
-            "device_parts_bytes": self.footprint.device,
-            "host_parts_bytes": self.footprint.host,
-            "fits": self.fits,
-            "bytes_read": self.cost.bytes_read,
-            "bytes_written": self.cost.bytes_written,
-            "spills": self.cost.spills,
-            "flops": self.flops,
-            "seconds": self.cost.seconds,
-        }
-        if self.candidates:
-            described["candidates"] = [candidate.to_dict() for candidate in self.candidates]
-        return described
-
-    def __str__(self) -> str:
-        def size(n: int) -> str:
-            return f"{n / 2**20:,.1f} MiB"
-
-        def pool(projected: int, allowed: int) -> str:
-            return f"{size(projected)} of {size(allowed)} allowed" + ("" if projected <= allowed else "  OVER BUDGET")
-
-        lines = [
-            f"schedule    {self.schedule}: {self.tasks} tasks of {self.layout.rows_per_task} row chunks",
-            f"grid        {self.grid.rows.chunks} chunks of {self.grid.rows.chunk_tokens} tokens, {self.pairs} pairs",
-            f"host        {pool(self.footprint.host_bytes, self.host_allowed_bytes)}",
-        ]
-        if self.device_allowed_bytes is not None:
-            lines.append(f"device      {pool(self.footprint.device_bytes, self.device_allowed_bytes)}")
-        return "\n".join(
-            [
-                *lines,
-                f"read        {size(self.cost.bytes_read)}",
-                f"written     {size(self.cost.bytes_written)}, {self.cost.spills} spilled partials",
-                f"compute     {self.flops / 1e12:,.3f} TFLOP",
-                f"time        {self.cost.seconds:,.1f} s",
-            ]
-        )
-
-
-def make_schedule(name: str, grid: Grid, rows_per_task: int) -> Schedule:
+def make_schedule(name: str, grid: Grid, layout: Layout) -> Schedule:
     """Return the schedule of that name over the grid. Raises ValueError where it cannot be."""
-    return Cqs(grid) if name == "cqs" else Rectangular(grid, rows_per_task)
+    return Cqs(grid, layout.stride) if name == "cqs" else Rectangular(grid, layout.rows_per_task)
 
 
 def make_plan(request: Request, machine: Machine) -> Plan:
@@ -157,208 +88,296 @@ def make_plan(request: Request, machine: Machine) -> Plan:
     """
     if request.chunks is not None and request.chunks > MOST_CHUNKS:
         raise ValueError(f"{request.chunks} chunks; expected at most {MOST_CHUNKS}")
-    if request.schedule == "cqs":
-        _refuse_cqs_where_positions_differ(request)
-    names = ["cqs", "rectangular"] if request.schedule == "auto" else [request.schedule]
-    if not request.same_positions or (request.grid is not None and not request.grid.same_positions):
-        names = ["rectangular"]
-    best = {name: _best(request, machine, name) for name in names}
-    candidates = tuple(best.values())
-    told = {id(plan): _told(plan, request, machine) for plan in candidates}
-    fitting = [plan for plan in candidates if plan.fits]
-    if fitting:
-        fastest = min(plan.cost.seconds for plan in fitting)
-        equal = [plan for plan in fitting if plan.cost.seconds <= _TIE * fastest]
-        chosen = next((plan for plan in equal if not plan.cost.spills), equal[0])
-    else:
-        chosen = min(candidates, key=lambda plan: plan.footprint.host_bytes + plan.footprint.device_bytes)
-    return replace(told[id(chosen)], candidates=tuple(told.values()))
-
-
-def _refuse_cqs_where_positions_differ(request: Request) -> None:
-    if not request.same_positions:
+    same = request.same_positions and (request.grid is None or request.grid.same_positions)
+    if request.schedule == "cqs" and not same:
         raise ValueError(
             "schedule 'cqs' needs queries and keys to be the same positions (as many queries as keys, q_start 0, no "
             "query slice); take 'rectangular' or 'auto'"
         )
+    names = ["cqs", "rectangular"] if request.schedule == "auto" and same else [request.schedule]
+    search = _Search(request, machine)
+    best = [search.best(name if same else "rectangular") for name in names]
+    moved = [search.counted(plan) for plan in best]
+    candidates = tuple(search.costed(plan, it, machine.rates) for plan, it in zip(best, moved, strict=True))
+    chosen = _choose(candidates)
+    least = min((plan.least for plan in candidates), key=lambda least: least.host_bytes + least.device_bytes)
+    told = tuple(
+        replace(search.costed(plan, it, machine.measured), least=least)
+        for plan, it in zip(candidates, moved, strict=True)
+    )
+    return replace(told[chosen], candidates=told)
 
 
-def _best(request: Request, machine: Machine, name: str) -> Plan:
-    """Return the cheapest fitting plan of a schedule; where none fits, the smallest."""
-    fitting: list[Plan] = []
-    smallest: tuple[int, Grid, Layout] | None = None
-    weighed = 0
-    for grid in _grids(request, machine):
-        layouts = list(_layouts(request, machine, name, grid))
-        plans = [_price(request, machine, name, grid, it) for it in layouts if _fits(request, machine, grid, it)]
-        fitting += plans
-        weighed += bool(plans)
-        if weighed == _GRIDS_WEIGHED:
-            break
-        for layout in layouts if not fitting else ():
-            held = _footprint(request, machine, grid, layout)
-            if smallest is None or held.host_bytes + held.device_bytes < smallest[0]:
-                smallest = held.host_bytes + held.device_bytes, grid, layout
-    if fitting:
-        return min(fitting, key=lambda plan: plan.cost.seconds)
-    assert smallest is not None
-    return _price(request, machine, name, *smallest[1:])
+def _choose(candidates: tuple[Plan, ...]) -> int:
+    """Return which: the fastest that fits; of equals CQS, its tasks being free to move, where no partial spills."""
+    fitting = [i for i, plan in enumerate(candidates) if plan.fits]
+    if not fitting:
+        return min(range(len(candidates)), key=lambda i: candidates[i].least.host_bytes)
+    fastest = min(candidates[i].cost.seconds for i in fitting)
+    equal = [i for i in fitting if candidates[i].cost.seconds <= _TIE * fastest]
+    return next((i for i in equal if not candidates[i].cost.spills), equal[0])
 
 
-def _grids(request: Request, machine: Machine) -> Iterator[Grid]:
-    """Yield the grids to weigh, the fewest chunks first."""
-    if request.grid is not None:
-        yield request.grid
-    elif request.same_positions:
-        for c in _same_position_chunks(request, machine):
-            axis = Axis.cut(request.keys, c)
-            yield Grid.of(axis, axis, request.keys_seen, True)
-    else:
-        tokens = min(request.keys, machine.column_tokens)
+class _Search:
+    """One request on one machine."""
+
+    def __init__(self, request: Request, machine: Machine) -> None:
+        self.request, self.machine, self.work = request, machine, request.work
+        self._schedules: dict[tuple[str, Axis, int, int], Schedule] = {}
+        self._grids: dict[tuple[Axis, Axis], Grid] = {}
+        self._kernel_s: dict[tuple[Axis, int, TileTimes], float] = {}
+
+    def best(self, name: str) -> Plan:
+        """Return the cheapest fitting plan of a schedule; where none fits, the smallest."""
+        least = self._least(name)
+        fitting: list[Plan] = []
+        weighed = 0
+        for rows, columns in self._axes:
+            layouts = list(self._layouts(name, rows, columns))
+            fitting += [self._priced(name, rows, columns, layout, least) for layout in layouts]
+            weighed += bool(layouts)
+            if weighed == _WEIGHED:
+                break
+        if not fitting:
+            return self._priced(name, least.rows, least.columns, least.layout, least)
+        fastest = min(plan.cost.seconds for plan in fitting)
+        equal = [plan for plan in fitting if plan.cost.seconds <= _TIE * fastest]
+        return min(equal, key=lambda p: (p.cost.bytes_read + p.cost.bytes_written, p.cost.seconds))
+
+    def counted(self, plan: Plan) -> Traffic:
+        """Return what the plan moves: counted rather than estimated, where that takes a moment only."""
+        schedule = self._schedule(plan.schedule, plan.grid, plan.layout)
+        count = counted if countable(schedule, plan.layout) else estimated
+        return count(self.work, schedule, plan.layout, self.request.arrays, self.request.first_query)
+
+    def costed(self, plan: Plan, moved: Traffic, rates: Rates) -> Plan:
+        """Return the plan with its price by these rates."""
+        schedule = self._schedule(plan.schedule, plan.grid, plan.layout)
+        return replace(plan, cost=self._cost(schedule, plan.layout, moved, rates, plan.footprint))
+
+    def _schedule(self, name: str, grid: Grid, layout: Layout) -> Schedule:
+        kind = (name, grid.rows, layout.rows_per_task, layout.stride)
+        if kind not in self._schedules:
+            self._schedules[kind] = make_schedule(name, grid, layout)
+        return self._schedules[kind]
+
+    def _priced(self, name: str, rows: Axis, columns: Axis, layout: Layout, least: "_Least") -> Plan:
+        grid = self._grid(rows, columns)
+        schedule = self._schedule(name, grid, layout)
+        held = self._footprint(name, rows, columns, layout)
+        moved = estimated(self.work, schedule, layout, self.request.arrays, self.request.first_query)
+        return Plan(
+            schedule=name,
+            grid=grid,
+            layout=layout,
+            tasks=len(schedule) * self.work.lanes,
+            pairs=grid.pairs * self.work.lanes,
+            flops=self.work.flops,
+            cost=self._cost(schedule, layout, moved, self.machine.rates, held),
+            footprint=held,
+            least=least.footprint,
+            device_allowed_bytes=self.machine.device_allowed_bytes,
+            host_allowed_bytes=self.machine.host_allowed_bytes,
+            device_free_bytes=self.machine.device_free_bytes,
+            host_free_bytes=self.machine.host_free_bytes,
+            disk_free_bytes=self.machine.disk_free_bytes,
+        )
+
+    def _cost(self, schedule: Schedule, layout: Layout, moved: Traffic, rates: Rates, held: Footprint) -> Cost:
+        kind = (schedule.grid.rows, layout.block_tokens, rates.tiles)
+        if kind not in self._kernel_s:
+            self._kernel_s[kind] = kernel_s(self.work, schedule.grid, layout, self.request.mask, rates.tiles)
+        touched = held.host_bytes - self.machine.host_reserved_bytes
+        every = self.request.checkpoint_every_s
+        stored = self.work.lanes * sum(array.bytes for array in self.request.arrays)
+        free = self.machine.host_free_bytes
+        cold = moved.fetched_bytes if free is not None and stored > free else min(stored, moved.fetched_bytes)
+        return cost(self.work, schedule, layout, moved, self._kernel_s[kind], rates, every, cold, touched)
+
+    def _grid(self, rows: Axis, columns: Axis) -> Grid:
+        if self.request.grid is not None:
+            return self.request.grid
+        if (rows, columns) not in self._grids:
+            same = self.request.same_positions
+            self._grids[rows, columns] = Grid.of(rows, columns, self.request.mask.keys_seen, same)
+        return self._grids[rows, columns]
+
+    @cached_property
+    def _axes(self) -> list[tuple[Axis, Axis]]:
+        """How the tokens may be cut, the fewest chunks first."""
+        request = self.request
+        if request.grid is not None:
+            return [(request.grid.rows, request.grid.columns)]
+        if request.same_positions:
+            cuts = [Axis.cut(request.keys, c) for c in self._same_position_chunks()]
+            return [(axis, axis) for axis in cuts]
+        tokens = min(request.keys, self.machine.column_tokens)
         columns = Axis(request.keys, tokens, -(-request.keys // tokens))
-        for c in _row_chunks(request, machine):
-            yield Grid.of(Axis.cut(request.queries, c), columns, request.keys_seen, False)
+        return [(Axis.cut(request.queries, c), columns) for c in self._row_chunks()]
 
+    def _same_position_chunks(self) -> list[int]:
+        """Return the Singer numbers whose pairs a run can stop between soon enough, as far as there are such."""
+        chunks, keys = self.request.chunks, self.request.keys
+        if chunks is not None:
+            quorum_size(chunks)
+            return [chunks]
+        most = min(_CHOSEN_CHUNKS, max(7, keys // _LEAST_CHUNK_TOKENS))
+        useful = list(takewhile(lambda c: c <= most, singer_numbers()))
+        quick = [c for c in useful if self._pair_flops(-(-keys // c), -(-keys // c)) <= self.machine.step_flops]
+        return quick or useful[-1:]
 
-def _same_position_chunks(request: Request, machine: Machine) -> list[int]:
-    """Return the Singer numbers whose pairs a run can stop between soon enough, as far as there are such."""
-    if request.chunks is not None:
-        quorum_size(request.chunks)
-        return [request.chunks]
-    numbers = list(takewhile(lambda c: c <= _CHOSEN_CHUNKS, singer_numbers()))
-    useful = [c for c in numbers if c <= max(7, request.keys)]
-    quick = [
-        c for c in useful if _pair_flops(request, -(-request.keys // c), -(-request.keys // c)) <= machine.step_flops
-    ]
-    return quick or useful[-1:]
+    def _row_chunks(self) -> list[int]:
+        chunks, queries = self.request.chunks, self.request.queries
+        if chunks is not None:
+            if chunks < 1:
+                raise ValueError(f"{chunks} chunks; expected at least 1")
+            return [chunks]
+        least = min(_LEAST_CHUNK_TOKENS, self.machine.tile.rows)
+        sizes = [self.machine.tile.rows >> n for n in range(self.machine.tile.rows.bit_length())]
+        useful = [size for size in sizes if size >= least and -(-queries // size) <= MOST_CHUNKS]
+        step, columns = self.machine.step_flops, self.machine.column_tokens
+        quick = [size for size in useful if self._pair_flops(min(size, queries), columns) <= step]
+        return sorted({-(-queries // size) for size in quick or useful[-1:]})
 
+    def _pair_flops(self, rows: int, columns: int) -> float:
+        return 2.0 * (self.work.head_dim + self.work.value_dim) * self.work.group * rows * columns
 
-def _row_chunks(request: Request, machine: Machine) -> list[int]:
-    if request.chunks is not None:
-        if request.chunks < 1:
-            raise ValueError(f"{request.chunks} chunks; expected at least 1")
-        return [request.chunks]
-    tokens, chunks = machine.tile_rows, []
-    while tokens >= 1:
-        if (
-            _pair_flops(request, min(tokens, request.queries), machine.column_tokens) <= machine.step_flops
-            or tokens == 1
-        ):
-            chunks.append(-(-request.queries // tokens))
-        tokens //= 2
-    return sorted(set(chunks))
+    def _least(self, name: str) -> "_Least":
+        """Return what needs the least memory of all that the planner would offer."""
+        found = []
+        for rows, columns in self._axes:
+            layout = self._layout(name, rows, self._blocks(columns)[-1], _RINGS[-1], self._out_tokens(rows)[-1])
+            found.append(_Least(self._footprint(name, rows, columns, layout), rows, columns, layout))
+        return min(found, key=lambda least: least.footprint.host_bytes + least.footprint.device_bytes)
 
+    def _layouts(self, name: str, rows: Axis, columns: Axis) -> Iterator[Layout]:
+        """Yield layouts that fit, from the largest blocks down; each holds as many row chunks as the budget allows."""
+        found = 0
+        for block in self._blocks(columns):
+            frugal = product(_RINGS, self._out_tokens(rows))
+            layouts = (self._layout(name, rows, block, ring, out) for ring, out in frugal)
+            layout = next((it for it in layouts if self._fits(name, rows, columns, it)), None)
+            if layout is not None:
+                yield from self._grown(name, rows, columns, layout)
+                found += 1
+            if found == _WEIGHED:
+                return
 
-def _pair_flops(request: Request, rows: int, columns: int) -> float:
-    return 2.0 * (request.work.head_dim + request.work.value_dim) * request.work.group * rows * columns
+    def _blocks(self, columns: Axis) -> list[int]:
+        """Return the sizes of blocks to weigh, the largest first: equal parts of a chunk, so that no call is short."""
+        parts = -(-columns.chunk_tokens // self.machine.block_tokens)
+        sizes = [-(-columns.chunk_tokens // parts)]
+        while sizes[-1] > _SMALLEST_BLOCK:
+            parts *= 2
+            sizes.append(-(-columns.chunk_tokens // parts))
+        return sizes
 
+    def _layout(self, name: str, rows: Axis, block: int, ring: int, out: int) -> Layout:
+        held = quorum_size(rows.chunks) if name == "cqs" else 1
+        whole = name == "cqs" and not self.work.durable  # partials that cannot leave memory must all fit in it
+        tile = self.machine.tile
+        return Layout(
+            rows_per_task=held,
+            resident_rows=max(held, rows.filled) if whole else held,
+            block_tokens=block,
+            query_tokens=query_tokens(self.work, block),
+            slot_bytes=slot_bytes(self.work, block),
+            ring_slots=ring,
+            cache_slots=0,
+            tile=Tile(tile.rows, min(tile.columns, block), min(tile.leaf, block)),
+            out_tokens=out,
+        )
 
-def _layouts(request: Request, machine: Machine, name: str, grid: Grid) -> Iterator[Layout]:
-    """Yield layouts from the largest blocks down; each holds as many row chunks as the budget allows."""
-    filled = sum(1 for needed in grid.needed if needed) or 1
-    pieces = -(-grid.columns.chunk_tokens // machine.block_tokens)
-    while True:
-        block = max(1, -(-grid.columns.chunk_tokens // pieces))  # equal blocks: no short call at a chunk's end
-        for slots, out in product((6, 4), _out_tokens(request, machine, grid)):
-            least = _layout(request, machine, name, grid, filled, block, slots, out)
-            yield _grown(request, machine, name, grid, filled, least)
-        if block <= _SMALLEST_BLOCK:
-            return
-        pieces *= 2
+    def _grown(self, name: str, rows: Axis, columns: Axis, layout: Layout) -> Iterator[Layout]:
+        """Hold more row chunks, as far as the step allows, and more partials; then, or not, blocks used again."""
+        if name == "rectangular":
+            pair = self._pair_flops(rows.chunk_tokens, columns.chunk_tokens)
+            most = max(1, min(rows.filled, int(self.machine.step_flops / pair)))
+            leaving = replace(layout, resident_rows=min(2, rows.filled))  # a row leaves while the next one comes
+            spare = leaving.resident_rows - 1 if self._fits(name, rows, columns, leaving) else 0
 
+            def held(n: int) -> Layout:
+                return replace(layout, rows_per_task=n, resident_rows=min(n + spare, max(n, rows.filled)))
 
-def _layout(
-    request: Request, machine: Machine, name: str, grid: Grid, filled: int, block: int, slots: int, out: int
-) -> Layout:
-    rows = quorum_size(grid.rows.chunks) if name == "cqs" else 1
-    whole = name == "cqs" and not request.work.durable  # partials that cannot leave memory must all fit in it
-    return Layout(
-        rows_per_task=rows,
-        resident_rows=max(rows, filled) if whole else rows,
-        block_tokens=block,
-        ring_slots=slots,
-        tile_rows=machine.tile_rows,
-        tile_columns=min(machine.tile_columns, block),
-        leaf=min(machine.leaf, block),
-        out_tokens=out,
-    )
-
-
-def _grown(request: Request, machine: Machine, name: str, grid: Grid, filled: int, layout: Layout) -> Layout:
-    """Hold more row chunks (rectangular) or more partials (CQS), as far as the budget and the step allow."""
-    most = filled if name == "cqs" else _rows_within_step(request, machine, grid, filled)
-    low = layout.resident_rows if name == "cqs" else 1
-    high = max(low, most)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _fits(request, machine, grid, _with_rows(name, layout, middle, filled)):
-            low = middle
+            layout = held(self._most(name, rows, columns, 1, most, held))
+            most = layout.resident_rows
+            if self._all_see_all:  # then all rows of a task leave at the same time
+                most = 2 * layout.rows_per_task
         else:
-            high = middle - 1
-    return _with_rows(name, layout, low, filled)
+            most = rows.filled
+        low = layout.resident_rows
+        resident = self._most(
+            name, rows, columns, low, max(low, most), lambda n: replace(layout, resident_rows=max(low, n))
+        )
+        layout = replace(layout, resident_rows=resident)
+        blocks = 2 * columns.filled * -(-columns.chunk_tokens // layout.block_tokens)
+        blocks += rows.filled * -(-rows.chunk_tokens // layout.query_tokens) if name == "cqs" else 0
+        cached = self._most(name, rows, columns, 0, blocks, lambda n: replace(layout, cache_slots=n))
+        yield self._ordered(name, rows, layout, 0)
+        if cached:
+            yield self._ordered(name, rows, layout, cached)
+
+    def _ordered(self, name: str, rows: Axis, layout: Layout, cached: int) -> Layout:
+        """Take the quorums in the order in which most of what stays in memory is used again."""
+        layout = replace(layout, cache_slots=cached)
+        spilling = layout.resident_rows < rows.filled
+        if name != "cqs" or not (spilling or cached):
+            return layout
+        blocks = 3 * -(-rows.chunk_tokens // layout.block_tokens)
+        room = layout.resident_rows - layout.rows_per_task
+
+        def reused(stride: int) -> tuple[float, float]:
+            ordered = gaps(rows.chunks, stride)
+            return (kept(ordered, room, 1) if spilling else 0.0), kept(ordered, cached / blocks, 0)
+
+        return replace(layout, stride=max(strides(rows.chunks), key=reused))
+
+    def _most(self, name: str, rows: Axis, columns: Axis, low: int, high: int, layout: Callable[[int], Layout]) -> int:
+        """Return the largest number, from low on, whose layout fits; low is known to."""
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._fits(name, rows, columns, layout(middle)):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    @cached_property
+    def _all_see_all(self) -> bool:
+        return self.request.mask.seen_by(0) == self.request.mask.seen_by(self.request.queries - 1)
+
+    def _fits(self, name: str, rows: Axis, columns: Axis, layout: Layout) -> bool:
+        held = self._footprint(name, rows, columns, layout)
+        return held.host_bytes <= self.machine.host_allowed_bytes and (
+            self.machine.device_allowed_bytes is None or held.device_bytes <= self.machine.device_allowed_bytes
+        )
+
+    def _footprint(self, name: str, rows: Axis, columns: Axis, layout: Layout) -> Footprint:
+        machine = self.machine
+        stored = rows.filled if name == "cqs" else min(layout.resident_rows, rows.filled)
+        return footprint(
+            self.work, rows, columns, layout, stored, machine.device, machine.device_reserved_bytes,
+            machine.host_reserved_bytes,
+        )  # fmt: skip
+
+    def _out_tokens(self, rows: Axis) -> list[int]:
+        """Return the tokens of one stored output chunk to weigh, dividing the row chunk: 4 MiB's worth or what is small
+        beside the budget; and, so that the least a plan needs does not depend on the budget, 64 KiB's worth.
+        """
+        if self.request.out_tokens is not None:
+            return [self.request.out_tokens]
+        sizes = []
+        for most in (min(_OUT_CHUNK_BYTES, self.machine.host_allowed_bytes // 64), _LEAST_OUT_CHUNK_BYTES):
+            tokens = rows.chunk_tokens
+            while tokens % 2 == 0 and tokens * self.work.value_dim * self.work.out_itemsize > most:
+                tokens //= 2
+            sizes.append(tokens)
+        return sizes
 
 
-def _with_rows(name: str, layout: Layout, rows: int, filled: int) -> Layout:
-    """A rectangular task has one place more for partials than rows: a row leaves while the next one comes."""
-    if name == "cqs":
-        return replace(layout, resident_rows=rows)
-    return replace(layout, resident_rows=max(rows, min(rows + 1, filled)), rows_per_task=rows)
-
-
-def _rows_within_step(request: Request, machine: Machine, grid: Grid, filled: int) -> int:
-    pair = _pair_flops(request, grid.rows.chunk_tokens, grid.columns.chunk_tokens)
-    return max(1, min(filled, int(machine.step_flops / pair)))
-
-
-def _fits(request: Request, machine: Machine, grid: Grid, layout: Layout) -> bool:
-    held = _footprint(request, machine, grid, layout)
-    return held.host_bytes <= machine.host_allowed_bytes and (
-        machine.device_allowed_bytes is None or held.device_bytes <= machine.device_allowed_bytes
-    )
-
-
-def _footprint(request: Request, machine: Machine, grid: Grid, layout: Layout) -> Footprint:
-    return footprint(
-        request.work, grid, layout, machine.device, machine.device_reserved_bytes, machine.host_reserved_bytes
-    )
-
-
-def _out_tokens(request: Request, machine: Machine, grid: Grid) -> list[int]:
-    """Return the tokens of one stored output chunk to weigh, dividing the row chunk: 4 MiB's worth or what is small
-    beside the budget; and, so that the least a plan needs does not depend on the budget, 64 KiB's worth.
-    """
-    if request.out_tokens is not None:
-        return [request.out_tokens]
-    sizes = []
-    for most in (min(_OUT_CHUNK_BYTES, machine.host_allowed_bytes // 64), _LEAST_OUT_CHUNK_BYTES):
-        tokens = grid.rows.chunk_tokens
-        while tokens % 2 == 0 and tokens * request.work.value_dim * request.work.out_itemsize > most:
-            tokens //= 2
-        sizes.append(tokens)
-    return sizes
-
-
-def _told(plan: Plan, request: Request, machine: Machine) -> Plan:
-    """Return the plan with its seconds as this machine was measured."""
-    schedule = make_schedule(plan.schedule, plan.grid, plan.layout.rows_per_task)
-    return replace(plan, cost=_cost(request, plan.grid, schedule, plan.layout, machine.measured))
-
-
-def _cost(request: Request, grid: Grid, schedule: Schedule, layout: Layout, rates: Rates) -> Cost:
-    return cost(request.work, grid, schedule, layout, rates, request.arrays, request.first_query)
-
-
-def _price(request: Request, machine: Machine, name: str, grid: Grid, layout: Layout) -> Plan:
-    schedule = make_schedule(name, grid, layout.rows_per_task)
-    return Plan(
-        schedule=name,
-        grid=grid,
-        layout=layout,
-        tasks=len(schedule) * request.work.lanes,
-        pairs=grid.pairs * request.work.lanes,
-        flops=request.work.flops,
-        cost=_cost(request, grid, schedule, layout, machine.rates),
-        footprint=_footprint(request, machine, grid, layout),
-        device_allowed_bytes=machine.device_allowed_bytes,
-        host_allowed_bytes=machine.host_allowed_bytes,
-    )
+@dataclass(frozen=True)
+class _Least:
+    footprint: Footprint
+    rows: Axis
+    columns: Axis
+    layout: Layout

@@ -6,18 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cqsa_stream.masks import mask_of
-from cqsa_stream.schedulers.costs import Rates, Stored
+from cqsa_stream.schedulers.costs import cost, kernel_s
 from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.memory import Layout, Workload, footprint, partial_bytes, slot_bytes
-from cqsa_stream.schedulers.planner import Machine, Request, make_plan
+from cqsa_stream.schedulers.masks import mask_of
+from cqsa_stream.schedulers.memory import Layout, Tile, Workload, footprint, partial_bytes, partial_file_bytes
+from cqsa_stream.schedulers.planner import Machine, Request, make_plan, make_schedule
+from cqsa_stream.schedulers.rates import Rates, TileTimes
+from cqsa_stream.schedulers.schedules import Cqs, Rectangular
+from cqsa_stream.schedulers.traffic import Stored, Traffic, counted, estimated
 
 MIB = 2**20
-RATES = Rates(1e11, 1e9, 5e8, 0.02, 1e-4)
+TILES = TileTimes.nominal(1e11, 128, 1e-4)
+RATES = Rates(TILES, 1e9, 5e8, 4e9, 4e9, 0.002, 0.004, 1e-3, 1e-4, 2e-10, 8e-10, 2)
 MACHINE = Machine(
     device="cpu", device_allowed_bytes=None, host_allowed_bytes=256 * MIB, device_reserved_bytes=0,
-    host_reserved_bytes=20 * MIB, rates=RATES, measured=RATES, tile_rows=16_384, tile_columns=4_096,
-    leaf=1_024, block_tokens=8_192, column_tokens=16_384, step_flops=2e11,
+    host_reserved_bytes=20 * MIB, rates=RATES, measured=RATES, tile=Tile(16_384, 4_096, 1_024), block_tokens=8_192,
+    column_tokens=16_384, step_flops=2e11,
 )  # fmt: skip
 
 
@@ -32,14 +36,14 @@ def request(
 ) -> Request:
     rows = tokens if queries is None else queries
     mask = mask_of(causal, tokens, tokens - rows)
-    stored = Stored(tokens, chunk, 1, 256)
+    stored = Stored(tokens, chunk, 1, 256, decoded=chunk > 1)
     work = Workload(
         lanes=2, group=group, head_dim=64, value_dim=64, stored_itemsize=4, compute_itemsize=4, out_itemsize=4,
         flops=2 * 128 * mask.scores(range(rows), range(tokens)) * 2 * group, staging_bytes=0, durable=durable,
         resident_output_bytes=0,
     )  # fmt: skip
     arrays = (dataclasses.replace(stored, heads_fetched=group), stored, stored)
-    return Request(work, rows, tokens, tokens - rows, rows == tokens, mask.keys_seen, arrays)
+    return Request(work, rows, tokens, tokens - rows, rows == tokens, mask, arrays)
 
 
 def allowed(host: int) -> Machine:
@@ -49,21 +53,142 @@ def allowed(host: int) -> Machine:
 def test_the_memory_model_is_a_sum() -> None:
     work = request(700).work
     axis = Axis(700, 100, 7)
-    grid = Grid.of(axis, axis, mask_of(False, 700, 0).keys_seen, True)
-    layout = Layout(3, 7, 50, 4, 16_384, 50, 50, 25)
-    host = footprint(work, grid, layout, "cpu", 0, 1000).host
+    layout = Layout(
+        rows_per_task=3, resident_rows=7, block_tokens=50, query_tokens=50, slot_bytes=50 * 64 * 4, ring_slots=4,
+        cache_slots=5, tile=Tile(16_384, 50, 50), out_tokens=25,
+    )  # fmt: skip
+    held = footprint(work, axis, axis, layout, 7, "cpu", 0, 1000)
+    host = held.pageable
+    assert held.device == held.pinned == {}
     assert host["queries"] == 3 * 100 * 64 * 4
     assert host["partials"] == 7 * 100 * (64 * 4 + 8) == 7 * partial_bytes(work, 100)
-    assert host["ring"] == 4 * 50 * 64 * 4 == 4 * slot_bytes(64, 64, 1, 4, 50)
+    assert host["ring"] == 4 * 50 * 64 * 4
+    assert host["cache"] == 5 * 50 * 64 * 4
     assert host["tile"] == 100 * (64 * 4 + 4 + 5 * 8)
     assert host["writing"] == 25 * 3 * 64 * 4 + 8 * 100
     assert (host["upcast"], host["reading"], host["output"], host["reserved"]) == (0, 0, 0, 1000)
+    assert held.disk["output"] == 2 * 700 * (64 * 4 + 4)
+    assert held.disk["partials"] == (7 + 1) * (4096 + 1 + 100 * 264) + 2 * 7 * 4096
+    assert partial_file_bytes(work, 100, 7) == 4096 + 1 + 100 * 264
     half = dataclasses.replace(work, stored_itemsize=2)
-    assert footprint(half, grid, layout, "cpu", 0, 0).host["upcast"] == 50 * 128 * 4
-    cuda = footprint(half, grid, layout, "cuda", 77, 1000)
+    assert footprint(half, axis, axis, layout, 7, "cpu", 0, 0).pageable["upcast"] == 50 * 128 * 4
+    cuda = footprint(half, axis, axis, layout, 7, "cuda", 77, 1000)
     assert cuda.device["reserved"] == 77
-    assert cuda.host["partial staging"] == 100 * 264
-    assert "partials" not in cuda.host
+    assert set(cuda.pinned) == {"ring", "cache"}
+    assert cuda.pageable["partial staging"] == 100 * 264
+    assert "partials" not in cuda.pageable
+    assert cuda.host_bytes == sum(cuda.pinned.values()) + sum(cuda.pageable.values())
+    assert footprint(dataclasses.replace(work, durable=False), axis, axis, layout, 7, "cpu", 0, 0).disk_bytes == 0
+
+
+def forced(tokens: int, schedule: str, *, causal: bool = False, **more: int) -> Layout:
+    axis = Axis.cut(tokens, 7)
+    fields = {"rows_per_task": 3, "resident_rows": 7, "block_tokens": axis.chunk_tokens, "ring_slots": 4,
+              "query_tokens": axis.chunk_tokens, "cache_slots": 0, "out_tokens": axis.chunk_tokens,
+              "slot_bytes": axis.chunk_tokens * 256, **more}  # fmt: skip
+    return Layout(tile=Tile(16_384, 4_096, 1_024), **fields)
+
+
+def moved(tokens: int, schedule: str, layout: Layout, *, causal: bool = False) -> Traffic:
+    wanted = request(tokens, causal=causal)
+    axis = Axis.cut(tokens, 7)
+    grid = Grid.of(axis, axis, wanted.mask.keys_seen, True)
+    return counted(wanted.work, make_schedule(schedule, grid, layout), layout, wanted.arrays, 0)
+
+
+def test_what_is_used_again_is_read_again_unless_there_is_room() -> None:
+    tokens, lanes, row = 7 * 4096, 2, 256
+    alone = forced(tokens, "rectangular", rows_per_task=1)
+    assert moved(tokens, "rectangular", alone).fetched_bytes == lanes * row * (tokens + 2 * 7 * tokens)
+    cached = dataclasses.replace(alone, cache_slots=14)
+    assert moved(tokens, "rectangular", cached).fetched_bytes == lanes * row * 3 * tokens, "each byte once"
+    some = dataclasses.replace(alone, cache_slots=5)
+    found = lanes * row * (tokens + 2 * 7 * tokens) - moved(tokens, "rectangular", some).fetched_bytes
+    hits = found / (lanes * row * 4096)
+    assert 6 * 5 <= hits <= 6 * (5 + 4), "from the second task on, as many blocks as there are slots for"
+
+
+def test_cqs_uses_every_chunk_in_k_tasks() -> None:
+    tokens = 7 * 4096
+    found = moved(tokens, "cqs", forced(tokens, "cqs", ring_slots=1))
+    assert found.query_tokens == found.key_tokens == 2 * 3 * tokens
+    assert found.fetched_bytes == 2 * 3 * 3 * tokens * 256
+    assert found.spills == found.restores == 0
+    spilling = moved(tokens, "cqs", forced(tokens, "cqs", resident_rows=3))
+    assert spilling.spills == spilling.restores > 0
+    assert spilling.spilled_bytes == spilling.spills * (4096 + 1 + 4096 * 264)
+    assert spilling.finished_bytes == 2 * (tokens * 260 + 7 * 4096)
+
+
+@given(
+    st.sampled_from([57, 73, 91, 133]), st.booleans(), st.integers(0, 60), st.integers(0, 60), st.booleans(),
+    st.sampled_from([1, 900]),
+)  # fmt: skip
+def test_estimates_are_near_what_is_counted(
+    chunks: int, causal: bool, spare: int, cache: int, rectangular: bool, stored: int
+) -> None:
+    tokens = chunks * 512
+    wanted = request(tokens, causal=causal, chunk=stored)
+    axis = Axis.cut(tokens, chunks)
+    grid = Grid.of(axis, axis, wanted.mask.keys_seen, True)
+    rows = min(4, chunks) if rectangular else Cqs(grid).rows_per_task
+    layout = dataclasses.replace(
+        forced(tokens, "cqs"), rows_per_task=rows, resident_rows=min(chunks, rows + spare), block_tokens=512,
+        query_tokens=512, slot_bytes=512 * 256, cache_slots=cache,
+    )  # fmt: skip
+    schedule = Rectangular(grid, rows) if rectangular else Cqs(grid)
+    exact = counted(wanted.work, schedule, layout, wanted.arrays, 0)
+    guess = estimated(wanted.work, schedule, layout, wanted.arrays, 0)
+    assert guess.fetched_bytes == pytest.approx(exact.fetched_bytes, rel=0.4)
+    assert guess.query_tokens == pytest.approx(exact.query_tokens, rel=0.2)
+    assert guess.key_tokens == pytest.approx(exact.key_tokens, rel=0.2)
+    assert guess.finished_bytes == exact.finished_bytes
+    if rectangular or layout.resident_rows >= chunks:
+        assert guess.spills == exact.spills == 0
+
+
+def test_the_kernel_time_is_that_of_the_calls() -> None:
+    wanted, tokens = request(7 * 2048), 7 * 2048
+    axis = Axis.cut(tokens, 7)
+    grid = Grid.of(axis, axis, wanted.mask.keys_seen, True)
+    layout = forced(tokens, "rectangular")
+    assert kernel_s(wanted.work, grid, layout, wanted.mask, TILES) == pytest.approx(2 * 49 * TILES.tile_s(2048, 2048))
+    causal = request(tokens, causal=True)
+    grid = Grid.of(axis, axis, causal.mask.keys_seen, True)
+    diagonal = 2 * TILES.tile_s(1024, 1024) * TILES.stacked + TILES.tile_s(1024, 1024)  # two triangles and a square
+    expected = 2 * (21 * TILES.tile_s(2048, 2048) + 7 * diagonal)
+    assert kernel_s(causal.work, grid, layout, causal.mask, TILES) == pytest.approx(expected)
+
+
+def test_times_between_the_measured_sizes_follow_power_laws() -> None:
+    times = TileTimes((100, 1000), (10, 1000), ((1.0, 100.0), (10.0, 1000.0)), 0.5, 0.4)
+    assert times.tile_s(100, 10) == pytest.approx(1.0)
+    assert times.tile_s(1000, 100) == pytest.approx(100.0)
+    assert times.tile_s(10_000, 1000) == pytest.approx(10_000.0), "beyond the largest as before it"
+    assert times.tile_s(1, 1) == pytest.approx(1.0), "below the smallest as the smallest"
+    assert times.call_s(100, 10, causal=True, tiles=1) == pytest.approx(0.5)
+    assert times.call_s(100, 10, causal=True, tiles=3) == pytest.approx(3 * 0.4)
+    assert times.scaled(2).tile_s(100, 10) == pytest.approx(2.0)
+
+
+def test_a_run_takes_as_long_as_the_slowest_of_what_overlaps() -> None:
+    wanted = request(7 * 2048)
+    axis = Axis.cut(7 * 2048, 7)
+    grid = Grid.of(axis, axis, wanted.mask.keys_seen, True)
+    layout = forced(7 * 2048, "rectangular", rows_per_task=1, resident_rows=2)
+    schedule = make_schedule("rectangular", grid, layout)
+    traffic = counted(wanted.work, schedule, layout, wanted.arrays, 0)
+
+    def seconds(kernel: float, **rates: float) -> float:
+        told = dataclasses.replace(RATES, **rates)  # type: ignore[arg-type]
+        found = cost(wanted.work, schedule, layout, traffic, kernel, told, 60.0, traffic.fetched_bytes, 0)
+        return found.seconds
+
+    assert seconds(10.0) == pytest.approx(10.0, rel=0.02), "reading and writing hide behind the kernel"
+    slow_disk = traffic.fetched_bytes / 1e6
+    assert seconds(10.0, read_bytes_per_s=1e6) == pytest.approx(slow_disk, rel=0.1), "the kernel hides behind the disk"
+    assert seconds(10.0, busy_file_s=1.0) == pytest.approx(2 * 7 * 3, rel=0.02), "three files for each finished row"
+    assert seconds(100.0) > 100.0 + RATES.file_s, "a checkpoint after 60 s"
 
 
 def test_bytes_of_a_full_rectangular_plan() -> None:
@@ -71,22 +196,16 @@ def test_bytes_of_a_full_rectangular_plan() -> None:
     assert plan.layout.rows_per_task == 7
     assert plan.tasks == 2
     assert plan.cost.bytes_read == 2 * (1 + 1 + 1) * 7000 * 256
-    assert plan.cost.bytes_written == 2 * 7000 * (256 + 4)
+    assert plan.cost.bytes_written == 2 * (7000 * (256 + 4) + 7 * 4096)
     assert plan.pairs == 2 * 49
-
-
-def test_bytes_of_a_full_cqs_plan() -> None:
-    plan = make_plan(dataclasses.replace(request(7 * 32), schedule="cqs", chunks=7), MACHINE)
-    assert plan.cost.bytes_read == 2 * 3 * (1 + 1 + 1) * 7 * 32 * 256, "every chunk is in k = 3 quorums"
 
 
 def test_stored_chunks_come_whole() -> None:
     stored = Stored(axis_tokens=1000, chunk_tokens=300, heads_fetched=2, row_bytes=10)
-    assert stored.fetched_bytes(range(0, 300), 300) == 300 * 20
-    assert stored.fetched_bytes(range(299, 301), 300) == 600 * 20
-    assert stored.fetched_bytes(range(0, 300), 100) == 3 * 300 * 20
-    assert stored.fetched_bytes(range(850, 1000), 300) == (300 + 100) * 20
-    assert stored.fetched_bytes(range(0), 300) == 0
+    assert stored.fetched_bytes(range(0, 300)) == 300 * 20
+    assert stored.fetched_bytes(range(299, 301)) == 600 * 20
+    assert stored.fetched_bytes(range(850, 1000)) == (300 + 100) * 20
+    assert stored.fetched_bytes(range(0)) == 0
 
 
 def test_equal_prices_go_to_cqs_and_spills_to_rectangular() -> None:
@@ -110,11 +229,12 @@ def test_a_plan_that_fits_is_within_budget(tokens: int, causal: bool, group: int
     wanted = dataclasses.replace(request(tokens, causal=causal, group=group), schedule=schedule)
     plan = make_plan(wanted, allowed(mib * MIB))
     assert plan.fits == (plan.footprint.host_bytes <= mib * MIB)
-    assert plan.layout.rows_per_task <= plan.layout.resident_rows or plan.schedule == "cqs"
+    assert plan.layout.rows_per_task <= plan.layout.resident_rows
     assert plan.grid.rows.chunk_tokens % plan.layout.out_tokens == 0
-    if not plan.fits:
-        least = plan.footprint.host_bytes
-        assert make_plan(wanted, allowed(least)).fits, "the smallest budget named is one that does"
+    least = plan.least.host_bytes
+    assert make_plan(wanted, allowed(least)).fits, "the smallest budget named is one that does"
+    assert not make_plan(wanted, allowed(least - 1)).fits
+    assert plan.fits == (mib * MIB >= least)
 
 
 @given(st.integers(1, 5000), st.integers(1, 200))
@@ -133,10 +253,11 @@ def test_four_times_the_keys_need_no_more_memory() -> None:
 
 
 def test_measured_rates_tell_the_time_and_change_nothing_else() -> None:
-    slow = dataclasses.replace(RATES, flops_per_s=RATES.flops_per_s / 7)
+    slow = dataclasses.replace(RATES, tiles=TILES.scaled(7))
     plan = make_plan(request(90_000, causal=True), MACHINE)
     told = make_plan(request(90_000, causal=True), dataclasses.replace(MACHINE, measured=slow))
     assert told.cost.seconds > 3 * plan.cost.seconds
+    assert told.cost.bytes_read == plan.cost.bytes_read
     assert dataclasses.replace(told, cost=plan.cost, candidates=()) == dataclasses.replace(plan, candidates=())
 
 

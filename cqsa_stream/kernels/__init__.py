@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cqsa_stream.masks import TileMask
+from cqsa_stream.schedulers.masks import TileMask
 
 __all__ = ["Kernel", "kernel_for"]
 

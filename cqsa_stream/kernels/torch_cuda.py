@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cqsa_stream.masks import TileMask
+from cqsa_stream.schedulers.masks import TileMask
 
 __all__ = ["TorchCudaKernel"]
 

@@ -9,18 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-__all__ = ["Call", "Causal", "Full", "Mask", "Tile", "TileMask", "mask_of"]
+from cqsa_stream.schedulers.memory import Tile
+
+__all__ = ["Call", "Causal", "Full", "Mask", "TileMask", "mask_of"]
 
 TileMask = Literal["full", "causal"]  # causal: a square tile, whose row i sees its columns 0..i
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The largest kernel call, in tokens; ``leaf`` is the longest side of a causal triangle."""
-
-    rows: int
-    columns: int
-    leaf: int
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,117 @@
+"""What ``cqsa bench`` found, kept per machine and device in the user's cache folder as JSON.
+
+A file that cannot be read, or holds anything but positive numbers where they belong, counts as none.
+"""
+
+import hashlib
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+
+from cqsa_stream.schedulers.rates import Rates, TileTimes
+from cqsa_stream.storage.atomic import make_directory, replace_file
+
+__all__ = ["Calibration", "load", "path_for"]
+
+_FORMAT = 1
+_RATES = ("read_bytes_per_s", "write_bytes_per_s", "stage_bytes_per_s", "touch_bytes_per_s")
+_SECONDS = ("file_s", "busy_file_s", "file_lost_s", "block_s", "read_cpu_s", "decode_cpu_s")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Times of kernel calls by compute dtype and head dim, and the other figures of ``Rates``."""
+
+    tiles: dict[str, dict[int, TileTimes]]
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    stage_bytes_per_s: float
+    touch_bytes_per_s: float
+    file_s: float
+    busy_file_s: float
+    file_lost_s: float
+    block_s: float
+    read_cpu_s: float
+    decode_cpu_s: float
+    cores: int
+
+    def rates(self, dtype: str, head_dim: int, value_dim: int) -> Rates | None:
+        """Return the rates for a compute dtype and head dims, from the nearest measured; None for another dtype."""
+        if dtype not in self.tiles:
+            return None
+        measured = self.tiles[dtype]
+        nearest = min(measured, key=lambda dim: abs(math.log(dim / max(head_dim, value_dim))))
+        tiles = measured[nearest].scaled((head_dim + value_dim) / (2 * nearest))
+        figures = {name: getattr(self, name) for name in (*_RATES, *_SECONDS)}
+        return Rates(tiles=tiles, cores=self.cores, **figures)
+
+    def to_json(self) -> bytes:
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Calibration":
+        """Raises ValueError, KeyError or TypeError where this is not what ``to_json`` wrote."""
+        fields = json.loads(data)
+        if fields.pop("format") != _FORMAT:
+            raise ValueError(f"expected format {_FORMAT}")
+        tiles = {
+            dtype: {int(dim): _tile_times(times) for dim, times in by_dim.items()}
+            for dtype, by_dim in fields["tiles"].items()
+        }
+        figures = {name: _positive(fields[name]) for name in (*_RATES, *_SECONDS)}
+        cores = fields["cores"]
+        if type(cores) is not int or not 0 <= cores < 2**16 or not all(tiles.values()):
+            raise ValueError(f"cores {cores}, or a dtype without times")
+        return cls(tiles=tiles, cores=cores, **figures)
+
+    def save(self, device: torch.device) -> Path:
+        """Keep this for the plans to come; return where."""
+        path = path_for(device)
+        make_directory(path.parent)
+        replace_file(path, [self.to_json()])
+        load.cache_clear()
+        return path
+
+
+def path_for(device: torch.device) -> Path:
+    """Return where the calibration of this machine, device and build of torch is kept."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    machine = (platform.node(), device.type, name, torch.get_num_threads(), torch.__version__)
+    digest = hashlib.sha256(json.dumps([str(part) for part in machine]).encode()).hexdigest()[:16]
+    return Path(platformdirs.user_cache_dir("cqsa-stream", appauthor=False)) / f"{device.type}-{digest}.json"
+
+
+@cache
+def load(device: torch.device) -> Calibration | None:
+    """Return this machine's calibration, None where there is none."""
+    try:
+        return Calibration.from_json(path_for(device).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _tile_times(fields: dict[str, Any]) -> TileTimes:
+    rows, columns = (tuple(fields[name]) for name in ("rows", "columns"))
+    for sizes in (rows, columns):
+        if len(sizes) < 2 or list(sizes) != sorted({int(_positive(n)) for n in sizes}):
+            raise ValueError(f"sizes {sizes}; expected at least two, ascending")
+    seconds = tuple(tuple(_positive(s) for s in row) for row in fields["seconds"])
+    if len(seconds) != len(rows) or any(len(row) != len(columns) for row in seconds):
+        raise ValueError("times that do not belong to the sizes")
+    threads = fields["threads"]
+    if type(threads) is not int or not 0 <= threads < 2**16:
+        raise ValueError(f"threads {threads!r}")
+    return TileTimes(rows, columns, seconds, _positive(fields["causal"]), _positive(fields["stacked"]), threads)
+
+
+def _positive(value: Any) -> float:
+    if type(value) not in (int, float) or not (0 < value < math.inf):
+        raise ValueError(f"{value!r}; expected a positive number")
+    return value  # type: ignore[no-any-return]

@@ -1,0 +1,180 @@
+"""A plan: what will be done, what it will hold, move and take; and how it reads on a terminal and as JSON."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cqsa_stream.schedulers.costs import Cost
+from cqsa_stream.schedulers.grid import Grid
+from cqsa_stream.schedulers.memory import Footprint, Layout
+from cqsa_stream.schedulers.quorums import quorum_size
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule over a grid, with what it will hold, move and take. Sizes in bytes, times in seconds.
+
+    ``least``: what the smallest plan for the same problem would hold. ``*_free_bytes``: what the machine has, None
+    where that is not known. ``candidates``: the best plan of each schedule weighed.
+    """
+
+    schedule: str
+    grid: Grid
+    layout: Layout
+    tasks: int
+    pairs: int
+    flops: int
+    cost: Cost
+    footprint: Footprint
+    least: Footprint
+    device_allowed_bytes: int | None
+    host_allowed_bytes: int
+    device_free_bytes: int | None = None
+    host_free_bytes: int | None = None
+    disk_free_bytes: int | None = None
+    candidates: tuple["Plan", ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan keeps the budgets."""
+        return self.footprint.host_bytes <= self.host_allowed_bytes and (
+            self.device_allowed_bytes is None or self.footprint.device_bytes <= self.device_allowed_bytes
+        )
+
+    def lacking(self) -> list[tuple[str, int, int]]:
+        """Return (pool, projected, free) of each pool of which the machine has not enough, whatever the budgets say."""
+        held = self.footprint
+        pools = (
+            ("device memory", held.device_bytes, self.device_free_bytes),
+            ("host memory", held.host_bytes, self.host_free_bytes),
+            ("disk", held.disk_bytes, self.disk_free_bytes),
+        )
+        return [(name, projected, free) for name, projected, free in pools if free is not None and projected > free]
+
+    def predicted(self) -> dict[str, float]:
+        """Return the figures that a run measures too."""
+        return {
+            "seconds": self.cost.seconds,
+            "bytes_read": self.cost.bytes_read,
+            "bytes_written": self.cost.bytes_written,
+            "host_bytes": self.footprint.host_bytes,
+            "device_bytes": self.footprint.device_bytes,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``cqsa plan --json`` prints."""
+        held, same = self.footprint, self.grid.same_positions
+        described = {
+            "schedule": self.schedule,
+            "chunks": self.grid.rows.chunks,
+            "chunk_tokens": self.grid.rows.chunk_tokens,
+            "column_chunks": self.grid.columns.chunks,
+            "column_chunk_tokens": self.grid.columns.chunk_tokens,
+            "quorum_size": quorum_size(self.grid.rows.chunks) if same and self.schedule == "cqs" else None,
+            "tasks": self.tasks,
+            "pairs": self.pairs,
+            "layout": asdict(self.layout),
+            "device_projected_bytes": held.device_bytes,
+            "host_projected_bytes": held.host_bytes,
+            "pinned_projected_bytes": sum(held.pinned.values()),
+            "disk_projected_bytes": held.disk_bytes,
+            "device_reserved_bytes": held.device.get("reserved", 0),
+            "host_reserved_bytes": held.pageable["reserved"],
+            "device_allowed_bytes": self.device_allowed_bytes,
+            "host_allowed_bytes": self.host_allowed_bytes,
+            "device_least_bytes": self.least.device_bytes,
+            "host_least_bytes": self.least.host_bytes,
+            "device_free_bytes": self.device_free_bytes,
+            "host_free_bytes": self.host_free_bytes,
+            "disk_free_bytes": self.disk_free_bytes,
+            "memory": asdict(held),
+            "fits": self.fits,
+            "bytes_read": self.cost.bytes_read,
+            "bytes_written": self.cost.bytes_written,
+            "spills": self.cost.spills,
+            "checkpoints": self.cost.checkpoints,
+            "flops": self.flops,
+            "seconds": self.cost.seconds,
+            "streams_s": {
+                "kernel": self.cost.kernel_s,
+                "compute": self.cost.compute_s,
+                "read": self.cost.read_s,
+                "write": self.cost.write_s,
+            },
+        }
+        if self.candidates:
+            described["candidates"] = [candidate.to_dict() for candidate in self.candidates]
+        return described
+
+    def __str__(self) -> str:
+        """Describe the plan, its pools, and the candidates side by side, the chosen one marked."""
+        rows = self.grid.rows
+        lines = [
+            f"schedule   {self.schedule}: {self.tasks} tasks of {self.layout.rows_per_task} row chunks",
+            f"grid       {rows.chunks} chunks of {rows.chunk_tokens} tokens, {self.pairs} pairs, "
+            f"{self.flops / 1e12:,.3f} TFLOP",
+            "",
+            *_columns([("memory", "projected", "reserved", "allowed", "free", ""), *self._pools()]),
+            "",
+            *_columns(
+                [("candidate", "chunks", "host", "device", "read", "written", "spills", "time", ""), *self._rows()]
+            ),
+        ]
+        for name, projected, free in self.lacking():
+            lines.append(f"{name}: {_size(projected)} needed, {_size(free)} free")
+        if not self.fits:
+            device = f", device {_size(self.least.device_bytes)}" if self.device_allowed_bytes is not None else ""
+            lines.append(f"the smallest that would do: host {_size(self.least.host_bytes)}{device}")
+        return "\n".join(lines)
+
+    def _pools(self) -> list[tuple[str, ...]]:
+        held, over = self.footprint, "OVER BUDGET"
+        pools: list[tuple[str, ...]] = []
+        if self.device_allowed_bytes is not None:
+            pools.append(
+                ("device", _size(held.device_bytes), _size(held.device["reserved"]), _size(self.device_allowed_bytes),
+                 _size(self.device_free_bytes), over if held.device_bytes > self.device_allowed_bytes else "")
+            )  # fmt: skip
+        pools.append(
+            ("host", _size(held.host_bytes), _size(held.pageable["reserved"]), _size(self.host_allowed_bytes),
+             _size(self.host_free_bytes), over if held.host_bytes > self.host_allowed_bytes else "")
+        )  # fmt: skip
+        if held.pinned:
+            pools.append(("  pinned", _size(sum(held.pinned.values())), "", "", "", ""))
+        if held.disk:
+            pools.append(("disk", _size(held.disk_bytes), "", "", _size(self.disk_free_bytes), ""))
+        return pools
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = []
+        for plan in self.candidates or (self,):
+            chosen = plan.schedule == self.schedule
+            verdict = "OVER BUDGET" if not plan.fits else "chosen" if chosen else ""
+            rows.append(
+                (f"{'*' if chosen else ' '} {plan.schedule}", str(plan.grid.rows.chunks),
+                 _size(plan.footprint.host_bytes), _size(plan.footprint.device_bytes or None),
+                 _size(plan.cost.bytes_read), _size(plan.cost.bytes_written), str(plan.cost.spills),
+                 f"{plan.cost.seconds:,.1f} s", verdict)
+            )  # fmt: skip
+        return rows
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count / 2**30:,.2f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Align a table: the first and last columns to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    last = len(widths) - 1
+    lines = (
+        "  ".join(
+            text.ljust(width) if i in (0, last) else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return [line.rstrip() for line in lines]
