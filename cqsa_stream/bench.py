@@ -3,25 +3,29 @@
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from cqsa_stream.allocator import returning_freed_memory
-from cqsa_stream.calibration import Calibration
-from cqsa_stream.events import Ended, Event, Started
-from cqsa_stream.execute import run_in_memory
+from cqsa_stream.api import open_inputs
+from cqsa_stream.calibration import Calibration, trying
+from cqsa_stream.events import Ended, Event
+from cqsa_stream.execute import Target, run_in_memory, run_on_disk
+from cqsa_stream.generate import generate
 from cqsa_stream.kernels import kernel_for
 from cqsa_stream.partial import fold
 from cqsa_stream.planning import Options, plan_run
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.masks import TileMask
 from cqsa_stream.schedulers.rates import TileTimes
+from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray, open_array
 from cqsa_stream.storage.atomic import replace_file
 from cqsa_stream.storage.output import create_array, write
@@ -38,31 +42,35 @@ _LEAF, _LEAVES = 1_024, 8
 _ROUNDS, _LEAST_S = 7, 0.004
 _FILE_TOKENS = 16_384  # 4 MiB of float32
 _FILES = 32
+_RUN: dict[str, Any] = {"tokens": 4_096, "heads": 8, "head_dim": 64, "dtype": "float32"}
+_RUNS = 5
+_NOTHING = 1e-9
 
 
+@returning_freed_memory()
 def measure(device: torch.device, folder: Path) -> Calibration:
-    """Measure the kernels of a device, and the disk that holds ``folder``: seconds to a minute. Raises OSError."""
+    """Measure the kernels of a device, and the disk that holds ``folder``: under a minute. Raises OSError.
+
+    What a block and a file cost besides shows in short runs: it is by what they take longer than was predicted.
+    """
     tiles: dict[str, dict[int, TileTimes]] = {}
-    with returning_freed_memory():
-        for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.float16, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
-            tiles[name] = {dim: _tile_times(device, dtype, dim) for dim in _HEAD_DIMS}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".cqsa-bench-") as temporary:
-            plain, decoded = _write_arrays(Path(temporary))
-            writing = _writing(Path(temporary), device)
-            read_bytes_per_s, read_cpu_s, decode_cpu_s = _reading(plain, decoded)
-            block_s = _handing_over(device, plain, tiles["float32"][64])
-        return Calibration(
+    for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        tiles[name] = {dim: _tile_times(device, dtype, dim) for dim in _HEAD_DIMS}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".cqsa-bench-") as temporary:
+        found = Calibration(
             tiles=tiles,
-            read_bytes_per_s=read_bytes_per_s,
             stage_bytes_per_s=_staging(device),
             touch_bytes_per_s=_touching(),
-            **writing,
-            block_s=block_s,
-            read_cpu_s=read_cpu_s,
-            decode_cpu_s=decode_cpu_s,
-            cores=torch.get_num_threads() if device.type == "cpu" else 0,
+            on_processor=device.type == "cpu",
+            file_lost_s=_NOTHING,
+            block_s=_NOTHING,
+            **_writing(Path(temporary)),
+            **_reading(Path(temporary)),
         )
+        arrays = open_inputs(*generate(Path(temporary) / "inputs", **_RUN))
+        found = replace(found, block_s=_block_s(device, arrays, found))
+        return replace(found, file_lost_s=_file_lost_s(device, arrays, found, Path(temporary)))
 
 
 def _seconds(action: Callable[[], object], device: torch.device, at_least_s: float) -> float:
@@ -126,57 +134,8 @@ def _tile_times(device: torch.device, dtype: torch.dtype, dim: int) -> TileTimes
     return TileTimes(sizes, sizes, table, middle[one] / full, middle[many] / leaves / full, threads)
 
 
-class _Busy:
-    """Keeps the processor as busy as a run does, and tells what else it did in the meantime cost this work.
-
-    A run on another device leaves the processor idle.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._stop, self._done = device, threading.Event(), 0
-        self._thread = threading.Thread(target=self._work)
-
-    def __enter__(self) -> "_Busy":
-        if self._device.type == "cpu":
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._device.type == "cpu":
-            self._thread.join()
-
-    def _work(self) -> None:
-        kernel, tile = kernel_for(self._device, torch.float32), torch.zeros(1, 1_024, 64)
-        while not self._stop.is_set():
-            kernel.attend(tile, tile, tile, "full", 1.0)
-            self._done += 1
-
-    def lost_s(self, action: Callable[[], object], times: int) -> float:
-        """Return the seconds of work that one action costs, from so many in a row and as long without."""
-        if self._device.type != "cpu":
-            return 1e-9
-        done, start = self._done, time.perf_counter()
-        for _ in range(times):
-            action()
-        done, passed = self._done - done, time.perf_counter() - start
-        alone = self._done
-        time.sleep(passed)
-        alone = self._done - alone
-        return float(max(passed * (1 - done / max(1, alone)) / times, 1e-9))
-
-
-def _write_arrays(folder: Path) -> tuple[TokenArray, TokenArray]:
-    """Write the same numbers uncompressed, and with a checksum that a decoder looks at."""
-    values = np.random.default_rng(0).standard_normal((1, 1, _FILES * _FILE_TOKENS, 64), dtype=np.float32)
-    for name, codec in (("plain", "none"), ("decoded", "crc32c")):
-        array = create_array(folder / name, values.shape, "float32", (1, 1, _FILE_TOKENS, 64), codec)
-        write(array, values)
-    return open_array(folder / "plain"), open_array(folder / "decoded")
-
-
-def _writing(folder: Path, device: torch.device) -> dict[str, float]:
-    """Return the seconds of a small durable file, alone and beside kernels, and bytes per second of large ones.
+def _writing(folder: Path) -> dict[str, float]:
+    """Return the seconds of a small durable file, and bytes per second of large ones.
 
     Small files are a row's: its output, its lse, and the header that says it is finished.
     """
@@ -196,74 +155,84 @@ def _writing(folder: Path, device: torch.device) -> dict[str, float]:
         start = next(turns) % 8 * _FILE_TOKENS
         write(large[0, 0, start : start + _FILE_TOKENS], block)
 
-    alone, large_s = _seconds(three, cpu, 0.5) / 3, _seconds(whole, cpu, 0.5)
-    with _Busy(device) as busy:
-        beside = _seconds(three, cpu, 0.5) / 3
-        lost = statistics.median(busy.lost_s(three, 40) for _ in range(5)) / 3
-    return {
-        "file_s": alone,
-        "busy_file_s": beside,
-        "file_lost_s": lost,
-        "write_bytes_per_s": block.nbytes / max(large_s - alone, 1e-4),
-    }
+    file_s = _seconds(three, cpu, 1.0) / 3
+    return {"file_s": file_s, "write_bytes_per_s": block.nbytes / max(_seconds(whole, cpu, 1.0) - file_s, 1e-4)}
 
 
-def _reading(plain: TokenArray, decoded: TokenArray) -> tuple[float, float, float]:
-    """Return bytes per second from the disk itself, and processor seconds a byte from memory: plain, and decoded."""
-    buffer = np.empty((1, _FILE_TOKENS, 64), np.float32)
+def _reading(folder: Path) -> dict[str, float]:
+    """Return bytes per second from the disk itself, and processor seconds a byte from the page cache."""
+    values = np.random.default_rng(0).standard_normal((1, 1, _FILES * _FILE_TOKENS, 64), dtype=np.float32)
+    for codec in ("none", "crc32c", "zstd"):
+        write(create_array(folder / codec, values.shape, "float32", (1, 1, _FILE_TOKENS, 64), codec), values)
+    buffer, size = np.empty((1, _FILE_TOKENS, 64), np.float32), values.nbytes
 
     def all_of(array: TokenArray) -> None:
         for start in range(0, array.shape[2], _FILE_TOKENS):
             array.read_into(0, range(1), range(start, start + _FILE_TOKENS), buffer)
 
-    size = _FILES * buffer.nbytes
     cold = []
     for _ in range(3):
-        for path in Path(plain.source).rglob("*"):
+        for path in (folder / "none").rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         start = time.perf_counter()
-        all_of(plain)
+        all_of(open_array(folder / "none"))
         cold.append(size / (time.perf_counter() - start))
-    found = []
-    for array in (plain, decoded):
-        times = []
+    warm = {}
+    for name, codec in (("read_cpu_s", "none"), ("check_cpu_s", "crc32c"), ("expand_cpu_s", "zstd")):
+        array, times = open_array(folder / codec), []
         for _ in range(4):
             start = time.process_time()
             all_of(array)
             times.append((time.process_time() - start) / size)
-        found.append(statistics.median(times[1:]))
-    return statistics.median(cold), found[0], found[1]
+        warm[name] = statistics.median(times[1:])
+    return {"read_bytes_per_s": statistics.median(cold), **warm}
 
 
-def _handing_over(device: torch.device, keys: TokenArray, times: TileTimes) -> float:
-    """Return the seconds that a small block takes in a run, besides those of the kernel."""
-    problem = Problem.of(keys, keys, keys, queries=(0, 512))
-    arrays = dict.fromkeys(("query", "key", "value"), keys)
-    least = plan_run(problem, arrays, Options(device=str(device), host_memory=1), durable=False)[0].least
-    options = Options(device=str(device), host_memory=least.host_bytes)
-    found = []
-    for _ in range(3):
-        seen: list[Event] = []
-        run_in_memory(problem, arrays, options, [seen.append], with_lse=False)
-        first, last = seen[0], seen[-1]
-        assert isinstance(first, Started)
-        assert isinstance(last, Ended)
-        rows, columns = first.plan["chunk_tokens"], first.plan["layout"]["block_tokens"]
-        blocks = -(-problem.queries // rows) * -(-problem.keys // columns)
-        kernel = blocks * times.tile_s(min(rows, problem.queries), columns)
-        found.append((last.measured["seconds"] - kernel) / (2 * blocks))
-    return float(max(statistics.median(found), 1e-6))
+def _block_s(device: torch.device, arrays: dict[str, TokenArray], so_far: Calibration) -> float:
+    """Return by how much each block delays a run of small ones, in memory."""
+    problem = Problem.of(arrays["query"], arrays["key"], arrays["value"])
+    with trying(so_far):
+        least = plan_run(problem, arrays, Options(str(device), host_memory=1, schedule="rectangular"), durable=False)[0]
+        options = Options(str(device), host_memory=least.least.host_bytes, schedule="rectangular")
+        plan = plan_run(problem, arrays, options, durable=False)[0]
+        found = []
+        for _ in range(_RUNS):
+            seen: list[Event] = []
+            run_in_memory(problem, arrays, options, [seen.append], with_lse=False)
+            found.append(_late(seen, plan.cost.seconds) / plan.cost.blocks)
+    return max(statistics.median(found), _NOTHING)
+
+
+def _file_lost_s(device: torch.device, arrays: dict[str, TokenArray], so_far: Calibration, folder: Path) -> float:
+    """Return by how much each file of a finished row delays a run that writes many."""
+    problem = Problem.of(arrays["query"], arrays["key"], arrays["value"], causal=True)
+    options, target = Options(str(device), schedule="rectangular"), Target.of(folder / "out", None, fresh=True)
+    with trying(so_far):
+        plan = plan_run(problem, arrays, options, durable=True, out=target.out)[0]
+        found = []
+        for _ in range(_RUNS):
+            seen: list[Event] = []
+            run_on_disk(problem, arrays, options, target, [seen.append], Stopper(()))
+            found.append(_late(seen, plan.cost.seconds) / plan.cost.files)
+    return max(statistics.median(found), _NOTHING)
+
+
+def _late(seen: list[Event], predicted_s: float) -> float:
+    last = seen[-1]
+    assert isinstance(last, Ended)
+    return last.measured["seconds"] - predicted_s
 
 
 def _staging(device: torch.device) -> float:
     """Return bytes per second, as they arrive, from host buffers to where the kernel reads."""
-    size = 1 << 22
+    size = 1 << 18
     if device.type == "cpu":
-        narrow, wide = torch.zeros(size, dtype=torch.bfloat16), torch.zeros(size)
-        return 4 * size / _seconds(lambda: wide.copy_(narrow), device, 0.1)
-    pinned = torch.zeros(16 * size, dtype=torch.uint8).pin_memory()
+        narrow, wide = torch.zeros(64, size, dtype=torch.bfloat16), torch.zeros(size)  # more than processors' caches
+        turns = count()
+        return 4 * size / _seconds(lambda: wide.copy_(narrow[next(turns) % 64]), device, 0.2)
+    pinned = torch.zeros(256 * size, dtype=torch.uint8).pin_memory()
     target = torch.empty_like(pinned, device=device)
     return pinned.numel() / _seconds(lambda: target.copy_(pinned, non_blocking=True), device, 0.1)
 

@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,11 +20,11 @@ import torch
 from cqsa_stream.schedulers.rates import Rates, TileTimes
 from cqsa_stream.storage.atomic import make_directory, replace_file
 
-__all__ = ["Calibration", "load", "path_for"]
+__all__ = ["Calibration", "load", "path_for", "trying"]
 
 _FORMAT = 1
 _RATES = ("read_bytes_per_s", "write_bytes_per_s", "stage_bytes_per_s", "touch_bytes_per_s")
-_SECONDS = ("file_s", "busy_file_s", "file_lost_s", "block_s", "read_cpu_s", "decode_cpu_s")
+_SECONDS = ("file_s", "file_lost_s", "block_s", "read_cpu_s", "check_cpu_s", "expand_cpu_s")
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class Calibration:
     stage_bytes_per_s: float
     touch_bytes_per_s: float
     file_s: float
-    busy_file_s: float
     file_lost_s: float
     block_s: float
     read_cpu_s: float
-    decode_cpu_s: float
-    cores: int
+    check_cpu_s: float
+    expand_cpu_s: float
+    on_processor: bool
 
     def rates(self, dtype: str, head_dim: int, value_dim: int) -> Rates | None:
         """Return the rates for a compute dtype and head dims, from the nearest measured; None for another dtype."""
@@ -50,7 +52,7 @@ class Calibration:
         nearest = min(measured, key=lambda dim: abs(math.log(dim / max(head_dim, value_dim))))
         tiles = measured[nearest].scaled((head_dim + value_dim) / (2 * nearest))
         figures = {name: getattr(self, name) for name in (*_RATES, *_SECONDS)}
-        return Rates(tiles=tiles, cores=self.cores, **figures)
+        return Rates(tiles=tiles, on_processor=self.on_processor, **figures)
 
     def to_json(self) -> bytes:
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1).encode() + b"\n"
@@ -66,17 +68,16 @@ class Calibration:
             for dtype, by_dim in fields["tiles"].items()
         }
         figures = {name: _positive(fields[name]) for name in (*_RATES, *_SECONDS)}
-        cores = fields["cores"]
-        if type(cores) is not int or not 0 <= cores < 2**16 or not all(tiles.values()):
-            raise ValueError(f"cores {cores}, or a dtype without times")
-        return cls(tiles=tiles, cores=cores, **figures)
+        if type(fields["on_processor"]) is not bool or not all(tiles.values()):
+            raise ValueError("on_processor that is no truth value, or a dtype without times")
+        return cls(tiles=tiles, on_processor=fields["on_processor"], **figures)
 
     def save(self, device: torch.device) -> Path:
         """Keep this for the plans to come; return where."""
         path = path_for(device)
         make_directory(path.parent)
         replace_file(path, [self.to_json()])
-        load.cache_clear()
+        _stored.cache_clear()
         return path
 
 
@@ -88,9 +89,26 @@ def path_for(device: torch.device) -> Path:
     return Path(platformdirs.user_cache_dir("cqsa-stream", appauthor=False)) / f"{device.type}-{digest}.json"
 
 
-@cache
 def load(device: torch.device) -> Calibration | None:
     """Return this machine's calibration, None where there is none."""
+    return _trying[-1] if _trying else _stored(device)
+
+
+@contextmanager
+def trying(calibration: Calibration) -> Iterator[None]:
+    """Plan by a calibration that is not kept."""
+    _trying.append(calibration)
+    try:
+        yield
+    finally:
+        _trying.pop()
+
+
+_trying: list[Calibration] = []
+
+
+@cache
+def _stored(device: torch.device) -> Calibration | None:
     try:
         return Calibration.from_json(path_for(device).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -1,7 +1,7 @@
 """The row chunks on the device: the queries of the task's rows, and as many rows' partials as the plan allows.
 
-A partial leaves only by a durable commit; among those that no row of the task needs, the one goes whose next use is
-farthest (Belady's rule: the schedule is known).
+Among those that no row of the task needs, the partial goes whose next use is farthest (Belady's rule: the schedule is
+known): to host memory, as far as the plan has places there, and from memory only by a durable commit.
 """
 
 from collections.abc import Callable
@@ -41,18 +41,21 @@ class HeldRows:
     ) -> None:
         self._problem, self._grid, self._store, self._device = problem, grid, store, device
         rows = problem.group * grid.rows.chunk_tokens
-        filled = min(layout.resident_rows, -(-grid.rows.tokens // grid.rows.chunk_tokens))
-        held = min(layout.rows_per_task, filled)
+        held, places = min(layout.rows_per_task, grid.rows.filled), layout.resident_rows
         self._queries = torch.empty(held, rows * problem.head_dim, dtype=dtype, device=device)
-        self._out = torch.empty(filled, rows * problem.value_dim, dtype=torch.float32, device=device)
-        self._lse = torch.empty(filled, rows, dtype=torch.float64, device=device)
-        self._free = list(range(filled))
+        self._out = torch.empty(places, rows * problem.value_dim, dtype=torch.float32, device=device)
+        self._lse = torch.empty(places, rows, dtype=torch.float64, device=device)
+        self._free = list(range(places))
         self._resident: dict[int, _Resident] = {}
+        self._host_out = torch.empty(layout.parked_rows, rows * problem.value_dim, dtype=torch.float32)
+        self._host_lse = torch.empty(layout.parked_rows, rows, dtype=torch.float64)
+        self._host_free = list(range(layout.parked_rows))
+        self._parked: dict[int, _Resident] = {}
         self.lane = -1
 
     def begin_lane(self, lane: int) -> None:
         """Start with no partial in memory; those of the lane before must be finished or committed."""
-        assert not self._resident, "partials of the lane before are still in memory"
+        assert not {**self._resident, **self._parked}, "partials of the lane before are still in memory"
         self.lane = lane
 
     def queries(self, place: int, row: int) -> Tensor:
@@ -65,7 +68,7 @@ class HeldRows:
         """Return the row's partial, from memory, from the store, or the empty one; ``keep``: rows that must stay."""
         if row not in self._resident:
             if not self._free:
-                self._evict(max((r for r in self._resident if r not in keep), key=next_use))
+                self._evict(max((r for r in self._resident if r not in keep), key=next_use), next_use)
             self._resident[row] = self._load(row, self._free.pop())
         return self._resident[row].partial
 
@@ -92,47 +95,74 @@ class HeldRows:
 
     def commit(self) -> int:
         """Store every partial that changed; return how many."""
-        changed = [row for row, resident in self._resident.items() if resident.dirty]
+        held = {**self._resident, **self._parked}
+        changed = [row for row, resident in held.items() if resident.dirty]
         for row in changed:
-            self._commit(row)
+            self._commit(row, held[row])
         return len(changed)
 
     def end_lane(self) -> None:
         """Commit what is not finished and forget it."""
-        for row in list(self._resident):
-            self._evict(row)
+        self.commit()
+        for resident in self._resident.values():
+            self.free(resident.slot)
+        for parked in self._parked.values():
+            self._host_free.append(parked.slot)
+        self._resident, self._parked = {}, {}
 
-    def _evict(self, row: int) -> None:
-        if self._resident[row].dirty:
-            self._commit(row)
-        self.free(self._resident.pop(row).slot)
+    def _evict(self, row: int, next_use: Callable[[int], int]) -> None:
+        """Take a partial off the device: park it, or store whichever is used again last of it and those parked."""
+        leaving = self._resident.pop(row)
+        if not self._host_free:
+            out = max((row, *self._parked), key=next_use)
+            stored = leaving if out == row else self._parked.pop(out)
+            if stored.dirty:
+                self._commit(out, stored)
+            if out != row:
+                self._host_free.append(stored.slot)
+        if self._host_free:
+            slot = self._host_free.pop()
+            partial = self._place(row, self._host_out[slot], self._host_lse[slot])
+            partial.out.copy_(leaving.partial.out)
+            partial.lse.copy_(leaving.partial.lse)
+            partial.cover = leaving.partial.cover
+            self._parked[row] = _Resident(partial, slot, leaving.dirty)
+        self.free(leaving.slot)
 
-    def _commit(self, row: int) -> None:
-        resident = self._resident[row]
+    def _commit(self, row: int, resident: _Resident) -> None:
         if self._store is None:
             raise AssertionError("a plan without a run directory never lets a partial go")
         partial = resident.partial
         self._store.commit(self.lane, row, partial.cover, partial.lse.cpu().numpy(), partial.out.cpu().numpy())
         resident.dirty = False
 
-    def _load(self, row: int, slot: int) -> _Resident:
-        count = self._problem.group * len(self._grid.rows.span(row))
+    def _place(self, row: int, out: Tensor, lse: Tensor) -> Partial:
+        """Return a row's part of a place for partials, with an empty cover."""
         shape = (self._problem.group, len(self._grid.rows.span(row)))
-        lse = self._lse[slot][:count].view(shape)
-        out = self._out[slot][: count * self._problem.value_dim].view(*shape, self._problem.value_dim)
-        cover = 0
+        count = shape[0] * shape[1]
+        dim = self._problem.value_dim
+        return Partial(out[: count * dim].view(*shape, dim), lse[:count].view(shape))
+
+    def _load(self, row: int, slot: int) -> _Resident:
+        partial = self._place(row, self._out[slot], self._lse[slot])
+        if (parked := self._parked.pop(row, None)) is not None:
+            partial.out.copy_(parked.partial.out)
+            partial.lse.copy_(parked.partial.lse)
+            partial.cover = parked.partial.cover
+            self._host_free.append(parked.slot)
+            return _Resident(partial, slot, parked.dirty)
         if self._store is not None:
             host_lse, host_out = (
-                t if t.device.type == "cpu" else torch.empty_like(t, device="cpu") for t in (lse, out)
+                t if t.device.type == "cpu" else torch.empty_like(t, device="cpu") for t in (partial.lse, partial.out)
             )
-            cover = self._store.load_into(self.lane, row, _array(host_lse), _array(host_out))
-            if cover and host_out is not out:
-                lse.copy_(host_lse)
-                out.copy_(host_out)
-        if not cover:
-            lse.fill_(-torch.inf)
-            out.zero_()
-        return _Resident(Partial(out, lse, cover), slot)
+            partial.cover = self._store.load_into(self.lane, row, _array(host_lse), _array(host_out))
+            if partial.cover and host_out is not partial.out:
+                partial.lse.copy_(host_lse)
+                partial.out.copy_(host_out)
+        if not partial.cover:
+            partial.lse.fill_(-torch.inf)
+            partial.out.zero_()
+        return _Resident(partial, slot)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

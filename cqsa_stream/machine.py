@@ -83,7 +83,7 @@ def describe(
         host_reserved_bytes=_HOST_RESERVED_BYTES[device.type] + _THREAD_BYTES * torch.get_num_threads(),
         rates=known or nominal,
         measured=measured,
-        tile=shapes.tile,
+        tile=replace(shapes.tile, rows=min(shapes.tile.rows, known.tiles.best_rows())) if known else shapes.tile,
         block_tokens=shapes.block_tokens,
         column_tokens=shapes.column_tokens,
         step_flops=shapes.step_flops,
@@ -120,9 +120,9 @@ def nominal_rates(device: torch.device, dtype: str, width: int) -> Rates:
     """Return rates for a machine that was not measured."""
     if device.type == "cpu":
         tiles = TileTimes.nominal(5e10 * torch.get_num_threads(), width, 1e-4)
-        return Rates(tiles, 1e9, 5e8, 4e9, 2e9, 0.002, 0.004, 1e-3, 1e-4, 2e-10, 8e-10, torch.get_num_threads())
+        return Rates(tiles, 1e9, 5e8, 4e9, 2e9, 0.002, 1e-3, 1e-4, 2e-10, 1e-9, 4e-9, True)
     tiles = TileTimes.nominal(3e13 if dtype == "float32" else 4e14, width, 1e-4)
-    return Rates(tiles, 1e9, 5e8, 2e10, 2e9, 0.002, 0.002, 1e-9, 1e-4, 2e-10, 8e-10, 0)
+    return Rates(tiles, 1e9, 5e8, 2e10, 2e9, 0.002, 1e-9, 1e-4, 2e-10, 1e-9, 4e-9, False)
 
 
 def free_host_bytes() -> int:

@@ -159,5 +159,5 @@ def _stored(array: TokenArray, heads: int) -> Stored:
         chunk_tokens=token_chunk,
         heads_fetched=-(-heads // head_chunk) * head_chunk * batch_chunk,
         row_bytes=array.shape[3] * dtype_bytes(array.dtype),
-        decoded=token_chunk > 1,
+        encoding=array.encoding,
     )

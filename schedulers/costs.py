@@ -21,7 +21,7 @@ _ROWS_SAMPLED = 16
 @dataclass(frozen=True)
 class Cost:
     """Bytes and seconds of all lanes, by what works at the same time. ``spills``: partials that leave memory for disk
-    before they are finished; ``checkpoints``: how many fall due.
+    before they are finished; ``checkpoints``: how many fall due; ``blocks`` go to the kernel, ``files`` are written.
     """
 
     bytes_read: int
@@ -33,6 +33,8 @@ class Cost:
     compute_s: float
     read_s: float
     write_s: float
+    blocks: int
+    files: int
 
 
 def cost(
@@ -52,20 +54,21 @@ def cost(
     """
     grid = schedule.grid
     staged = (traffic.query_tokens * work.group * work.head_dim) * work.compute_itemsize
-    if work.compute_itemsize != work.stored_itemsize or not rates.cores:
+    if work.compute_itemsize != work.stored_itemsize or not rates.on_processor:
         staged += traffic.key_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize
-    reader = (traffic.bytes_read - traffic.decoded_bytes) * rates.read_cpu_s
-    reader += traffic.decoded_bytes * rates.decode_cpu_s
+    reader = (traffic.bytes_read - traffic.checked_bytes - traffic.compressed_bytes) * rates.read_cpu_s
+    reader += traffic.checked_bytes * rates.check_cpu_s + traffic.compressed_bytes * rates.expand_cpu_s
     spilling = traffic.spills * rates.file_s + traffic.spilled_bytes / rates.write_bytes_per_s
     spilling += traffic.restored_bytes * max(rates.read_cpu_s, 1 / rates.read_bytes_per_s)
+    spilling += traffic.parked_bytes / rates.stage_bytes_per_s
     staging = staged / rates.stage_bytes_per_s
     compute = kernel + traffic.blocks * rates.block_s + touched_bytes / rates.touch_bytes_per_s + spilling
-    compute += staging + reader / rates.cores if rates.cores else 0.0
+    compute += staging + reader if rates.on_processor else 0.0
     read = max(reader, cold_bytes / rates.read_bytes_per_s + (traffic.fetched_bytes - cold_bytes) * rates.read_cpu_s)
     files, data = _finishing(work, grid, layout) if work.durable else (0, 0)
-    finish = files * rates.file_s + data / rates.write_bytes_per_s  # with nothing else to do
+    finish = files * rates.file_s + data / rates.write_bytes_per_s
     finished = grid.rows.filled * work.lanes
-    write = finished * (files * rates.busy_file_s + data / rates.write_bytes_per_s)
+    write = finished * finish
     compute += finished * files * rates.file_lost_s
     fill = layout.slot_bytes * 2 / rates.read_bytes_per_s
     drain = finish * min(_rows_ending_together(schedule), grid.rows.filled)
@@ -89,6 +92,8 @@ def cost(
         compute_s=compute,
         read_s=read,
         write_s=write,
+        blocks=traffic.blocks,
+        files=finished * files,
     )
 
 

@@ -59,10 +59,11 @@ class Workload:
 class Layout:
     """The shapes of a run that take memory, in chunks and tokens.
 
-    ``rows_per_task`` row chunks' queries and ``resident_rows`` row chunks' partials stand on the device. Of host
-    buffers of ``slot_bytes``, ``ring_slots`` hold what is read ahead and ``cache_slots`` what will be used again: a
-    block of ``block_tokens`` keys or values, or ``query_tokens`` queries of all heads of the group. A kernel call takes
-    at most a ``tile``; the output is stored ``out_tokens`` at a time; CQS takes every ``stride``-th quorum.
+    ``rows_per_task`` row chunks' queries and ``resident_rows`` row chunks' partials stand on the device,
+    ``parked_rows`` more partials in host memory. Of host buffers of ``slot_bytes``, ``ring_slots`` hold what is read
+    ahead and ``cache_slots`` what will be used again: a block of ``block_tokens`` keys or values, or ``query_tokens``
+    queries of all heads of the group. A kernel call takes at most a ``tile``; the output is stored ``out_tokens`` at a
+    time; CQS takes every ``stride``-th quorum.
     """
 
     rows_per_task: int
@@ -74,6 +75,7 @@ class Layout:
     cache_slots: int
     tile: Tile
     out_tokens: int
+    parked_rows: int = 0
     stride: int = 1
 
     @property
@@ -152,6 +154,7 @@ def footprint(
     if device == "cpu":
         upcast = {"upcast": block if work.compute_itemsize != work.stored_itemsize else 0}
         return Footprint({}, {}, {**on_device, **upcast, **staged, **pageable}, disk)
+    pageable["partials"] = layout.parked_rows * partial_bytes(work, count)
     pageable["partial staging"] = partial_bytes(work, count)
     return Footprint({**on_device, "blocks": 2 * block, "reserved": device_reserved}, staged, pageable, disk)
 

@@ -232,8 +232,9 @@ class _Search:
             if chunks < 1:
                 raise ValueError(f"{chunks} chunks; expected at least 1")
             return [chunks]
-        least = min(_LEAST_CHUNK_TOKENS, self.machine.tile.rows)
-        sizes = [self.machine.tile.rows >> n for n in range(self.machine.tile.rows.bit_length())]
+        largest = self.machine.column_tokens
+        least = min(_LEAST_CHUNK_TOKENS, largest)
+        sizes = [largest >> n for n in range(largest.bit_length())]
         useful = [size for size in sizes if size >= least and -(-queries // size) <= MOST_CHUNKS]
         step, columns = self.machine.step_flops, self.machine.column_tokens
         quick = [size for size in useful if self._pair_flops(min(size, queries), columns) <= step]
@@ -275,10 +276,12 @@ class _Search:
     def _layout(self, name: str, rows: Axis, block: int, ring: int, out: int) -> Layout:
         held = quorum_size(rows.chunks) if name == "cqs" else 1
         whole = name == "cqs" and not self.work.durable  # partials that cannot leave memory must all fit in it
+        missing = max(0, rows.filled - held) if whole else 0
+        on_device = self.machine.device == "cpu"  # where the host's memory is the device's
         tile = self.machine.tile
         return Layout(
             rows_per_task=held,
-            resident_rows=max(held, rows.filled) if whole else held,
+            resident_rows=held + missing * on_device,
             block_tokens=block,
             query_tokens=query_tokens(self.work, block),
             slot_bytes=slot_bytes(self.work, block),
@@ -286,6 +289,7 @@ class _Search:
             cache_slots=0,
             tile=Tile(tile.rows, min(tile.columns, block), min(tile.leaf, block)),
             out_tokens=out,
+            parked_rows=missing * (not on_device),
         )
 
     def _grown(self, name: str, rows: Axis, columns: Axis, layout: Layout) -> Iterator[Layout]:
@@ -302,7 +306,7 @@ class _Search:
             layout = held(self._most(name, rows, columns, 1, most, held))
             most = layout.resident_rows
             if self._all_see_all:  # then all rows of a task leave at the same time
-                most = 2 * layout.rows_per_task
+                most = min(2 * layout.rows_per_task, rows.filled * min(2, self.work.lanes))
         else:
             most = rows.filled
         low = layout.resident_rows
@@ -310,9 +314,16 @@ class _Search:
             name, rows, columns, low, max(low, most), lambda n: replace(layout, resident_rows=max(low, n))
         )
         layout = replace(layout, resident_rows=resident)
+        if name == "cqs" and self.machine.device != "cpu":
+            low = layout.parked_rows
+            most = max(low, rows.filled - resident)
+            parked = self._most(name, rows, columns, low, most, lambda n: replace(layout, parked_rows=n))
+            layout = replace(layout, parked_rows=parked)
         blocks = 2 * columns.filled * -(-columns.chunk_tokens // layout.block_tokens)
-        blocks += rows.filled * -(-rows.chunk_tokens // layout.query_tokens) if name == "cqs" else 0
-        cached = self._most(name, rows, columns, 0, blocks, lambda n: replace(layout, cache_slots=n))
+        queries = -(-rows.chunk_tokens // layout.query_tokens)  # each is used again by CQS alone
+        blocks += rows.filled * queries if name == "cqs" else min(queries, layout.ring_slots)
+        useful = max(0, blocks - layout.ring_slots)
+        cached = self._most(name, rows, columns, 0, useful, lambda n: replace(layout, cache_slots=n))
         yield self._ordered(name, rows, layout, 0)
         if cached:
             yield self._ordered(name, rows, layout, cached)
@@ -320,15 +331,17 @@ class _Search:
     def _ordered(self, name: str, rows: Axis, layout: Layout, cached: int) -> Layout:
         """Take the quorums in the order in which most of what stays in memory is used again."""
         layout = replace(layout, cache_slots=cached)
-        spilling = layout.resident_rows < rows.filled
+        room = layout.resident_rows + layout.parked_rows
+        spilling = room < rows.filled
         if name != "cqs" or not (spilling or cached):
             return layout
         blocks = 3 * -(-rows.chunk_tokens // layout.block_tokens)
-        room = layout.resident_rows - layout.rows_per_task
 
         def reused(stride: int) -> tuple[float, float]:
             ordered = gaps(rows.chunks, stride)
-            return (kept(ordered, room, 1) if spilling else 0.0), kept(ordered, cached / blocks, 0)
+            return (kept(ordered, room - layout.rows_per_task, 1) if spilling else 0.0), kept(
+                ordered, cached / blocks, 0
+            )
 
         return replace(layout, stride=max(strides(rows.chunks), key=reused))
 

@@ -37,6 +37,11 @@ class TileTimes:
         """Return the times of a kernel that takes ``factor`` times as long: of another head dim."""
         return replace(self, seconds=tuple(tuple(s * factor for s in row) for row in self.seconds))
 
+    def best_rows(self) -> int:
+        """Return the fewest rows of a call that is as fast as any, to 2 %: more would only take memory."""
+        per_row = [row[-1] / rows for rows, row in zip(self.rows, self.seconds, strict=True)]
+        return next(rows for rows, s in zip(self.rows, per_row, strict=True) if s <= 1.02 * min(per_row))
+
     def _dealt(self, rows: int) -> int:
         """Return the rows of a call in which every thread has as many blocks as the busiest one.
 
@@ -75,10 +80,11 @@ class Rates:
     """``tiles``: the kernel's times. Bytes per second: ``read`` from disk, ``write`` durably, ``stage`` from host
     buffers to where the kernel reads, ``touch`` of memory used for the first time.
 
-    ``file_s``: seconds for a small durable file, ``busy_file_s`` while kernels run, to which ``file_lost_s`` of these
-    are lost; ``block_s``: for handing a block from thread to thread.
-    ``read_cpu_s``, ``decode_cpu_s``: processor seconds to read a byte, plainly and through a decoder. ``cores`` share
-    the work of readers and kernels; 0: neither keeps the other waiting.
+    ``file_s``: seconds for a small durable file, ``file_lost_s``: by which it delays the kernels that run meanwhile;
+    ``block_s``: for handing a block from thread to thread.
+    ``read_cpu_s``, ``check_cpu_s``, ``expand_cpu_s``: processor seconds to read a byte, plainly, of chunks with a
+    checksum, and of compressed ones. ``on_processor``: kernels run there too, and whatever else does delays them by as
+    long as it takes, since the threads of a kernel wait for the slowest of them.
     """
 
     tiles: TileTimes
@@ -87,9 +93,9 @@ class Rates:
     stage_bytes_per_s: float
     touch_bytes_per_s: float
     file_s: float
-    busy_file_s: float
     file_lost_s: float
     block_s: float
     read_cpu_s: float
-    decode_cpu_s: float
-    cores: int
+    check_cpu_s: float
+    expand_cpu_s: float
+    on_processor: bool

@@ -3,12 +3,14 @@
 Counting is a dry run: the same tasks, the same fetches, the same choice of what leaves memory as in the engine.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.memory import FILE_HEADER_BYTES, Layout, Workload, partial_file_bytes
-from cqsa_stream.schedulers.residency import Residency, fetches
-from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule, gaps
+from cqsa_stream.schedulers.memory import FILE_HEADER_BYTES, Layout, Workload, partial_bytes, partial_file_bytes
+from cqsa_stream.schedulers.residency import Residency, fetches, pieces
+from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule, Task, gaps
 
 __all__ = ["Stored", "Traffic", "countable", "counted", "estimated", "kept"]
 
@@ -20,14 +22,14 @@ _CHUNKS_SAMPLED = 64
 class Stored:
     """How an array lies on disk: what a read of some tokens of ``heads_fetched`` heads fetches.
 
-    ``decoded``: read chunk by chunk through a decoder, not as a range of bytes.
+    ``encoding``: "raw" where any range of bytes can be read, else what a reader does with each chunk.
     """
 
     axis_tokens: int
     chunk_tokens: int
     heads_fetched: int
     row_bytes: int
-    decoded: bool = False
+    encoding: Literal["raw", "checked", "compressed"] = "raw"
 
     @property
     def bytes(self) -> int:
@@ -45,15 +47,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What all lanes move. ``fetched_bytes`` of the arrays from disk, of which ``decoded_bytes`` through a decoder.
+    """What all lanes move. Of the arrays ``fetched_bytes``, some of them checked against a checksum, some compressed.
 
     ``query_tokens`` and ``key_tokens`` go to the kernel's memory, each as often as it is used, in ``blocks``.
     ``spills``: partials written before their time, ``restores``: read back; their files have ``spilled_bytes`` and
-    ``restored_bytes``.
+    ``restored_bytes``. ``parked_bytes`` of partials go between device and host memory.
     """
 
     fetched_bytes: int
-    decoded_bytes: int
+    checked_bytes: int
+    compressed_bytes: int
     query_tokens: int
     key_tokens: int
     blocks: int
@@ -61,6 +64,7 @@ class Traffic:
     restores: int
     spilled_bytes: int
     restored_bytes: int
+    parked_bytes: int
     finished_bytes: int
 
     @property
@@ -74,12 +78,18 @@ class Traffic:
 
 def countable(schedule: Schedule, layout: Layout) -> bool:
     """Return whether counting takes a moment only."""
-    rows, columns = schedule.grid.rows, schedule.grid.columns
     visits = len(schedule) * schedule.rows_per_task
-    streamed = visits if isinstance(schedule, Cqs) else len(schedule) * columns.filled
-    queries = visits * -(-rows.chunk_tokens // layout.query_tokens)
-    blocks = 2 * streamed * -(-columns.chunk_tokens // layout.block_tokens)
+    if _nothing_stays(schedule, layout):
+        return 4 * visits <= _MOST_COUNTED  # each visit looks for the partial that is to leave
+    columns = visits if isinstance(schedule, Cqs) else len(schedule) * schedule.grid.columns.filled
+    queries = visits * -(-schedule.grid.rows.chunk_tokens // layout.query_tokens)
+    blocks = 2 * columns * -(-schedule.grid.columns.chunk_tokens // layout.block_tokens)
     return queries + blocks <= _MOST_COUNTED
+
+
+def _nothing_stays(schedule: Schedule, layout: Layout) -> bool:
+    """Whether a task uses so many blocks, and the host so few buffers, that none of them is found there again."""
+    return schedule.name == "cqs" and not layout.cache_slots and 2 * (schedule.rows_per_task - 1) >= layout.ring_slots
 
 
 def counted(
@@ -87,10 +97,14 @@ def counted(
 ) -> Traffic:
     """Go through the tasks of one lane as the engine will, and count."""
     count = _Count(work, schedule, layout, arrays, first_query)
+    every_time = _nothing_stays(schedule, layout)
     for number, task in enumerate(schedule.tasks(0)):
         count.rows(number, task.rows)
-        for fetch in fetches(schedule, number, task, layout):
-            count.fetch(fetch.array, fetch.tokens, fetch.next_use)
+        if every_time:
+            count.fetch_all(task)
+        else:
+            for fetch in fetches(schedule, number, task, layout):
+                count.fetch(fetch.array, fetch.tokens, fetch.next_use)
         for row, pairs in task.pairs_by_row().items():
             count.computed(row, pairs)
     return _of_all_lanes(work, schedule.grid, count.traffic())
@@ -112,43 +126,82 @@ class _Count:
         self._offset = {"query": first_query, "key": 0, "value": 0}
         self._slots = Residency(layout.slots, layout.ring_slots - 1)
         self._known: dict[tuple[str, int, int], int] = {}
+        self._whole: dict[tuple[str, int], tuple[int, int, int]] = {}
         self._left = [len(needed) for needed in self._grid.needed]
         self._begun: set[int] = set()
         self._resident: dict[int, None] = {}
-        self._fetched = self._decoded = self._spills = self._restores = self._spilled = self._restored = 0
+        self._parked: dict[int, None] = {}
+        self._parking = 0
+        self._spills = self._restores = self._spilled = self._restored = 0
+        self._fetched = {"raw": 0, "checked": 0, "compressed": 0}
         self._tokens = {"query": 0, "key": 0, "value": 0}
         self._blocks = 0
 
     def rows(self, number: int, rows: tuple[int, ...]) -> None:
+        """Bring the rows' partials to the device, as ``HeldRows`` does."""
+
+        def later(row: int) -> int:
+            return self._schedule.next_row(row, number)
+
         for row in rows:
             if row in self._resident:
                 continue
             if len(self._resident) == self._layout.resident_rows:
-                out = max(
-                    (r for r in self._resident if r not in rows), key=lambda r: self._schedule.next_row(r, number)
-                )
+                out = max((r for r in self._resident if r not in rows), key=later)
                 del self._resident[out]
-                self._spills += 1
-                self._spilled += self._file_bytes(out)
-            if row in self._begun:
+                self._leave(out, later)
+            if row in self._parked:
+                del self._parked[row]
+                self._parking += partial_bytes(self._work, len(self._grid.rows.span(row)))
+            elif row in self._begun:
                 self._restores += 1
                 self._restored += self._file_bytes(row)
             self._begun.add(row)
             self._resident[row] = None
 
+    def _leave(self, row: int, later: Callable[[int], int]) -> None:
+        if len(self._parked) < self._layout.parked_rows:
+            out = None
+        else:
+            out = max((row, *self._parked), key=later)
+            self._spills += 1
+            self._spilled += self._file_bytes(out)
+        if out != row:
+            self._parked[row] = None
+            self._parking += partial_bytes(self._work, len(self._grid.rows.span(row)))
+            if out is not None:
+                del self._parked[out]
+
     def fetch(self, array: str, tokens: range, next_use: int) -> None:
+        """Count one fetch; what stands in a buffer already is not read."""
         self._tokens[array] += len(tokens)
         self._blocks += 1
-        if self._slots.place((array, tokens.start), next_use)[1]:
-            return
+        if not self._slots.place((array, tokens.start), next_use)[1]:
+            self._fetched[self._arrays[array].encoding] += self._bytes(array, tokens)
+
+    def fetch_all(self, task: Task) -> None:
+        """Count all fetches of a task, none of which stands in a buffer."""
+        for array, chunks in (("query", task.rows), ("key", task.columns), ("value", task.columns)):
+            axis = self._grid.rows if array == "query" else self._grid.columns
+            length = self._layout.query_tokens if array == "query" else self._layout.block_tokens
+            for chunk in chunks:
+                known = self._whole.get((array, chunk))
+                if known is None:
+                    span = axis.span(chunk)
+                    parts = list(pieces(span, length))
+                    known = len(span), len(parts), sum(self._bytes(array, part) for part in parts)
+                    self._whole[array, chunk] = known
+                self._tokens[array] += known[0]
+                self._blocks += known[1]
+                self._fetched[self._arrays[array].encoding] += known[2]
+
+    def _bytes(self, array: str, tokens: range) -> int:
         found = self._known.get((array, tokens.start, tokens.stop))
-        stored = self._arrays[array]
         if found is None:
             offset = self._offset[array]
-            found = stored.fetched_bytes(range(tokens.start + offset, tokens.stop + offset))
+            found = self._arrays[array].fetched_bytes(range(tokens.start + offset, tokens.stop + offset))
             self._known[array, tokens.start, tokens.stop] = found
-        self._fetched += found
-        self._decoded += found * stored.decoded
+        return found
 
     def computed(self, row: int, pairs: int) -> None:
         self._left[row] -= pairs
@@ -157,8 +210,9 @@ class _Count:
 
     def traffic(self) -> Traffic:
         return Traffic(
-            self._fetched,
-            self._decoded,
+            sum(self._fetched.values()),
+            self._fetched["checked"],
+            self._fetched["compressed"],
             self._tokens["query"],
             self._tokens["key"],
             self._blocks,
@@ -166,6 +220,7 @@ class _Count:
             self._restores,
             self._spilled,
             self._restored,
+            self._parking,
             0,
         )
 
@@ -179,24 +234,26 @@ def estimated(
     """Estimate from how often chunks are used on average, and how many of these uses find them still in memory."""
     grid = schedule.grid
     times_row, times_column = schedule.loads()
-    row_hits, column_hits, kept_rows = _reuse(schedule, layout)
-    fetched = decoded = 0.0
+    row_hits, column_hits, kept_on_device, kept_rows = _reuse(schedule, layout)
+    fetched = {"raw": 0.0, "checked": 0.0, "compressed": 0.0}
     for stored, times, axis, length, offset, hits in (
         (arrays[0], times_row, grid.rows, layout.query_tokens, first_query, row_hits),
         (arrays[1], times_column, grid.columns, layout.block_tokens, 0, column_hits),
         (arrays[2], times_column, grid.columns, layout.block_tokens, 0, column_hits),
     ):
-        found = _bytes(times, axis, stored, length, offset) * (1 - hits)
-        fetched, decoded = fetched + found, decoded + found * stored.decoded
+        fetched[stored.encoding] += _bytes(times, axis, stored, length, offset) * (1 - hits)
     one = partial_file_bytes(work, grid.rows.chunk_tokens, grid.columns.chunks)
     visits, begun = sum(times_row), sum(1 for n in times_row if n)
-    spills = round((1 - kept_rows) * max(0.0, visits - begun))
+    returns = max(0.0, visits - begun)
+    spills = round((1 - kept_rows) * returns)
+    parked = 2 * (1 - kept_on_device) * returns - 2 * spills
     return _of_all_lanes(
         work,
         grid,
         Traffic(
-            round(fetched),
-            round(decoded),
+            round(sum(fetched.values())),
+            round(fetched["checked"]),
+            round(fetched["compressed"]),
             round(visits * min(grid.rows.chunk_tokens, grid.rows.tokens)),
             round(sum(times_column) * min(grid.columns.chunk_tokens, grid.columns.tokens)),
             round(
@@ -207,13 +264,16 @@ def estimated(
             spills,
             spills * one,
             spills * one,
+            round(max(0.0, parked) * partial_bytes(work, grid.rows.chunk_tokens)),
             0,
         ),
     )
 
 
-def _reuse(schedule: Schedule, layout: Layout) -> tuple[float, float, float]:
-    """Return the shares of queries, of keys and of partials (but their first use) that are found in memory."""
+def _reuse(schedule: Schedule, layout: Layout) -> tuple[float, float, float, float]:
+    """Return the shares of queries and of keys that are found in memory; of partials that come back, those found on the
+    device, and those found in memory at all.
+    """
     grid = schedule.grid
     if isinstance(schedule, Rectangular):
         blocks = 2 * -(-grid.columns.chunk_tokens // layout.block_tokens)
@@ -224,16 +284,17 @@ def _reuse(schedule: Schedule, layout: Layout) -> tuple[float, float, float]:
             hits += min(layout.cache_slots, before, streamed)
             total += streamed
             before = streamed
-        return 0.0, hits / max(1, total), 1.0
+        return 0.0, hits / max(1, total), 1.0, 1.0
     ordered = gaps(grid.rows.chunks, layout.stride)
     blocks = 2 * -(-grid.columns.chunk_tokens // layout.block_tokens)
     blocks += -(-grid.rows.chunk_tokens // layout.query_tokens)
     seen = kept(ordered, layout.cache_slots / blocks, 0)
-    partials = kept(ordered, layout.resident_rows - schedule.rows_per_task, 1)
     returns = max(1, len(ordered) - 1)
-    if layout.resident_rows >= grid.rows.filled:
-        partials = returns
-    return seen / len(ordered), seen / len(ordered), min(1.0, partials / returns)
+    found = []
+    for places in (layout.resident_rows, layout.resident_rows + layout.parked_rows):
+        all_fit = places >= grid.rows.filled
+        found.append(1.0 if all_fit else min(1.0, kept(ordered, places - schedule.rows_per_task, 1) / returns))
+    return seen / len(ordered), seen / len(ordered), found[0], found[1]
 
 
 def kept(ordered: list[int], room: float, free: int) -> float:

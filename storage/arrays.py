@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -16,8 +16,8 @@ class TokenArray(Protocol):
     """An array ``[batch, head, token, feature]`` that is read piece by piece.
 
     ``source`` is a path or URL, or ``"memory"``; ``stored_chunk`` the shape of what is stored, and hence fetched, whole
-    (``(1, 1, 1, feature)`` where any range can be read); ``staging_bytes`` the memory that a read holds besides the
-    caller's buffer; ``bytes_read`` what was fetched so far.
+    (``(1, 1, 1, feature)`` where any range can be read), ``encoding`` what a reader has to do with it;
+    ``staging_bytes`` the memory that a read holds besides the caller's buffer; ``bytes_read`` what was fetched so far.
     """
 
     @property
@@ -28,6 +28,8 @@ class TokenArray(Protocol):
     def dtype(self) -> str: ...
     @property
     def stored_chunk(self) -> tuple[int, ...]: ...
+    @property
+    def encoding(self) -> Literal["raw", "checked", "compressed"]: ...
     @property
     def staging_bytes(self) -> int: ...
     @property

@@ -1,6 +1,6 @@
 """Arrays that are already in memory: numpy arrays and torch tensors."""
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +15,7 @@ class MemoryArray:
 
     source = "memory"
     staging_bytes = 0
+    encoding: ClassVar[Literal["raw"]] = "raw"
 
     def __init__(self, values: np.ndarray) -> None:
         if not values.dtype.isnative:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import ml_dtypes
 import numpy as np
@@ -47,6 +47,7 @@ class RawArray:
     trailer: int = 0
     bytes_read: int = field(default=0, compare=False)
     staging_bytes = 0
+    encoding: ClassVar[Literal["raw"]] = "raw"
 
     @property
     def stored_chunk(self) -> tuple[int, ...]:

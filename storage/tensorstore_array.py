@@ -5,6 +5,7 @@ import re
 from collections import deque
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tensorstore as ts
@@ -41,6 +42,7 @@ class TensorStoreArray:
         self.store = store
         self.source = source
         self.layout = layout  # the chunks' files, where their sizes are known beforehand
+        self.encoding: Literal["checked", "compressed"] = "checked" if layout is not None else "compressed"
         self.shape = tuple(store.shape)
         self.dtype = str(store.dtype.name)
         stored = store.chunk_layout.read_chunk.shape or self.shape

@@ -1,12 +1,19 @@
 """Exactness end to end: the engine against float64, beside torch's own in-core kernel on the same inputs."""
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import cqsa_stream as cqsa
+from cqsa_stream import planning
+from cqsa_stream.schedulers.plan import Plan
+from cqsa_stream.schedulers.planner import Machine, Request, make_plan, make_schedule
+from cqsa_stream.schedulers.traffic import counted
 from tests.reference import dense, error, inputs
 
 KINDS = ("normal", "uniform", "peaked", "sink", "early keys unseen")
@@ -75,6 +82,36 @@ def test_every_grid_gives_the_same(schedule: str, chunks: int) -> None:
     expected, _ = dense(q, k, v, causal=True, scale=0.3)
     out = cqsa.attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3, schedule=schedule, chunks=chunks)
     torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("resident", "parked"), [(5, 0), (5, 3), (5, 16), (9, 4)])
+def test_partials_may_leave_the_device_for_memory_or_disk(
+    resident: int, parked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan says how many stay where; the bytes that it counts are those that move; the result is the same."""
+
+    def tight(request: Request, machine: Machine) -> Plan:
+        plan = make_plan(request, machine)
+        layout = replace(plan.layout, resident_rows=resident, parked_rows=parked, stride=4)
+        schedule = make_schedule("cqs", plan.grid, layout)
+        moved = counted(request.work, schedule, layout, request.arrays, 0)
+        cost = replace(plan.cost, bytes_written=moved.bytes_written, bytes_read=moved.bytes_read, spills=moved.spills)
+        return replace(plan, layout=layout, cost=cost)
+
+    q, k, v = inputs("normal", torch.float32, 2, 1, 400, 16)
+    expected = cqsa.attention(q, k, v, is_causal=True, enable_gqa=True, schedule="cqs", chunks=21, device="cpu")
+    monkeypatch.setattr(planning, "make_plan", tight)
+    arrays, out = [tmp_path / f"{name}.npy" for name in "qkv"], tmp_path / "out"
+    for path, tensor in zip(arrays, (q, k, v), strict=True):
+        np.save(path, tensor.numpy())
+    found = cqsa.attention(
+        arrays[0], arrays[1], arrays[2], is_causal=True, enable_gqa=True, schedule="cqs", chunks=21, device="cpu",
+        out=out,
+    )  # fmt: skip
+    torch.testing.assert_close(torch.from_numpy(found.read().result()), expected, rtol=2e-5, atol=2e-6)
+    status = cqsa.open_run(tmp_path / "out.run").status()
+    assert status["measured"]["bytes_read"] == status["predicted"]["bytes_read"]
+    assert status["measured"]["bytes_written"] == status["predicted"]["bytes_written"]
 
 
 def test_numpy_inputs_are_taken_as_they_are() -> None:

@@ -17,7 +17,7 @@ from cqsa_stream.schedulers.traffic import Stored, Traffic, counted, estimated
 
 MIB = 2**20
 TILES = TileTimes.nominal(1e11, 128, 1e-4)
-RATES = Rates(TILES, 1e9, 5e8, 4e9, 4e9, 0.002, 0.004, 1e-3, 1e-4, 2e-10, 8e-10, 2)
+RATES = Rates(TILES, 1e9, 5e8, 4e9, 4e9, 0.002, 1e-3, 1e-4, 2e-10, 1e-9, 4e-9, True)
 MACHINE = Machine(
     device="cpu", device_allowed_bytes=None, host_allowed_bytes=256 * MIB, device_reserved_bytes=0,
     host_reserved_bytes=20 * MIB, rates=RATES, measured=RATES, tile=Tile(16_384, 4_096, 1_024), block_tokens=8_192,
@@ -36,7 +36,7 @@ def request(
 ) -> Request:
     rows = tokens if queries is None else queries
     mask = mask_of(causal, tokens, tokens - rows)
-    stored = Stored(tokens, chunk, 1, 256, decoded=chunk > 1)
+    stored = Stored(tokens, chunk, 1, 256, encoding="raw" if chunk == 1 else "checked")
     work = Workload(
         lanes=2, group=group, head_dim=64, value_dim=64, stored_itemsize=4, compute_itemsize=4, out_itemsize=4,
         flops=2 * 128 * mask.scores(range(rows), range(tokens)) * 2 * group, staging_bytes=0, durable=durable,
@@ -76,7 +76,9 @@ def test_the_memory_model_is_a_sum() -> None:
     assert cuda.device["reserved"] == 77
     assert set(cuda.pinned) == {"ring", "cache"}
     assert cuda.pageable["partial staging"] == 100 * 264
-    assert "partials" not in cuda.pageable
+    assert cuda.pageable["partials"] == 0
+    parked = footprint(half, axis, axis, dataclasses.replace(layout, parked_rows=2), 7, "cuda", 77, 1000)
+    assert parked.pageable["partials"] == 2 * 100 * 264
     assert cuda.host_bytes == sum(cuda.pinned.values()) + sum(cuda.pageable.values())
     assert footprint(dataclasses.replace(work, durable=False), axis, axis, layout, 7, "cpu", 0, 0).disk_bytes == 0
 
@@ -168,7 +170,15 @@ def test_times_between_the_measured_sizes_follow_power_laws() -> None:
     assert times.tile_s(1, 1) == pytest.approx(1.0), "below the smallest as the smallest"
     assert times.call_s(100, 10, causal=True, tiles=1) == pytest.approx(0.5)
     assert times.call_s(100, 10, causal=True, tiles=3) == pytest.approx(3 * 0.4)
+    assert times.best_rows() == 100
+    assert dataclasses.replace(times, seconds=((1.0, 100.0), (10.0, 900.0))).best_rows() == 1000
     assert times.scaled(2).tile_s(100, 10) == pytest.approx(2.0)
+
+
+def test_threads_wait_for_the_one_with_the_most_rows() -> None:
+    times = TileTimes((64, 4096), (64, 4096), ((1.0, 64.0), (64.0, 4096.0)), 1.0, 1.0, threads=2)
+    assert times.tile_s(1024, 64) == pytest.approx(16.0), "2 blocks of 256 for each of 2 threads"
+    assert times.tile_s(1025, 64) == pytest.approx(24.0), "one more row: 3 blocks for one of them"
 
 
 def test_a_run_takes_as_long_as_the_slowest_of_what_overlaps() -> None:
@@ -187,7 +197,7 @@ def test_a_run_takes_as_long_as_the_slowest_of_what_overlaps() -> None:
     assert seconds(10.0) == pytest.approx(10.0, rel=0.02), "reading and writing hide behind the kernel"
     slow_disk = traffic.fetched_bytes / 1e6
     assert seconds(10.0, read_bytes_per_s=1e6) == pytest.approx(slow_disk, rel=0.1), "the kernel hides behind the disk"
-    assert seconds(10.0, busy_file_s=1.0) == pytest.approx(2 * 7 * 3, rel=0.02), "three files for each finished row"
+    assert seconds(10.0, file_s=1.0) == pytest.approx(2 * 7 * 3 + 3, rel=0.02), "three files for each finished row"
     assert seconds(100.0) > 100.0 + RATES.file_s, "a checkpoint after 60 s"
 
 

@@ -1,0 +1,120 @@
+"""What was measured is kept and believed only where it makes sense; and plans use it."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cqsa_stream import bench, calibration, machine
+from cqsa_stream.calibration import Calibration, load, path_for, trying
+from cqsa_stream.problem import Problem
+from cqsa_stream.schedulers.rates import TileTimes
+from tests.conftest import Cli
+
+CPU = torch.device("cpu")
+TIMES = TileTimes((128, 1024), (128, 1024), ((1e-4, 5e-4), (6e-4, 4e-3)), 1.0, 0.6, 2)
+FOUND = Calibration(
+    tiles={"float32": {64: TIMES, 128: TIMES.scaled(2)}}, read_bytes_per_s=1e9, write_bytes_per_s=4e8,
+    stage_bytes_per_s=3e10, touch_bytes_per_s=5e9, file_s=1e-3, file_lost_s=5e-4, block_s=1e-4, read_cpu_s=1e-10,
+    check_cpu_s=1e-9, expand_cpu_s=3e-9, on_processor=True,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    calibration._stored.cache_clear()
+    yield tmp_path / "cache"
+    calibration._stored.cache_clear()
+
+
+def test_what_is_saved_is_loaded(cache: Path) -> None:
+    path = FOUND.save(CPU)
+    assert path == path_for(CPU)
+    assert path.is_relative_to(cache)
+    assert load(CPU) == FOUND
+
+
+def test_head_dims_in_between_take_the_nearest_times() -> None:
+    found = FOUND.rates("float32", 96, 64)
+    assert found is not None
+    assert found.tiles.tile_s(1024, 1024) == pytest.approx(2 * 4e-3 * 160 / 256)
+    assert FOUND.rates("float32", 64, 64).tiles == TIMES  # type: ignore[union-attr]
+    assert FOUND.rates("bfloat16", 64, 64) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2}, {"file_s": 0}, {"file_s": -1.0}, {"file_s": "1"}, {"file_s": None}, {"read_cpu_s": True},
+        {"tiles": {}}, {"tiles": {"float32": {}}}, {"tiles": {"float32": {"64": 1}}}, {"tiles": 3},
+        {"on_processor": 1}, {"block_s": float("inf")},
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("cache")
+def test_nonsense_counts_as_not_measured(change: dict[str, object]) -> None:
+    path = FOUND.save(CPU)
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **change}))
+    calibration._stored.cache_clear()
+    empty = change.get("tiles") == {}
+    assert load(CPU) is None or (empty and load(CPU).rates("float32", 64, 64) is None)  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_that_is_no_json_counts_as_none() -> None:
+    path = FOUND.save(CPU)
+    for data in (b"", b"[]", b"{", b"\xff"):
+        path.write_bytes(data)
+        calibration._stored.cache_clear()
+        assert load(CPU) is None
+
+
+def test_a_tried_calibration_is_used_and_dropped() -> None:
+    before = load(CPU)
+    with trying(FOUND):
+        assert load(CPU) is FOUND
+    assert load(CPU) == before
+
+
+@pytest.mark.usefixtures("cache")
+def test_plans_take_what_was_measured() -> None:
+    array = Shape((1, 1, 4096, 64), "float32")
+    problem = Problem.of(array, array, array)
+    assert machine.describe(CPU, problem, None, None, None).rates != FOUND.rates("float32", 64, 64)
+    with trying(FOUND):
+        described = machine.describe(CPU, problem, None, None, None)
+    assert described.rates == described.measured == FOUND.rates("float32", 64, 64)
+
+
+@pytest.mark.usefixtures("cache")
+def test_bench_measures_and_keeps(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_ROUNDS", 1)
+    monkeypatch.setattr(bench, "_HEAD_DIMS", (64,))
+    monkeypatch.setattr(bench, "_SIZES", {"cpu": (128, 1024)})
+    monkeypatch.setattr(bench, "_FILES", 2)
+    monkeypatch.setattr(bench, "_RUNS", 1)
+    monkeypatch.setattr(bench, "_RUN", {"tokens": 1024, "heads": 1, "head_dim": 64, "dtype": "float32"})
+    done = cli("bench", "--json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    kept = Calibration.from_json(done.stdout.encode())
+    assert load(CPU) == kept
+    assert 1e6 < kept.read_bytes_per_s < 1e12
+    assert kept.tiles["float32"][64].tile_s(1024, 1024) > kept.tiles["float32"][64].tile_s(128, 128)
+    assert kept.expand_cpu_s > kept.read_cpu_s
+    assert bench.speed(CPU, kept) > 0
+
+
+def test_free_memory_is_no_more_than_the_control_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = machine.free_host_bytes()
+    assert free > 0
+    monkeypatch.setattr(machine, "_control_group", lambda: iter([(1000, 900, 50), (10**15, 0, 0)]))
+    assert machine.free_host_bytes() == 1000 - 900 + 50
