@@ -229,7 +229,7 @@ def _staging(device: torch.device) -> float:
     """Return bytes per second, as they arrive, from host buffers to where the kernel reads."""
     size = 1 << 18
     if device.type == "cpu":
-        narrow, wide = torch.zeros(64, size, dtype=torch.bfloat16), torch.zeros(size)  # more than processors' caches
+        narrow, wide = torch.ones(64, size, dtype=torch.bfloat16), torch.ones(size)  # more than processors' caches
         turns = count()
         return 4 * size / _seconds(lambda: wide.copy_(narrow[next(turns) % 64]), device, 0.2)
     pinned = torch.zeros(256 * size, dtype=torch.uint8).pin_memory()

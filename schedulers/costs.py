@@ -62,7 +62,8 @@ def cost(
     spilling += traffic.restored_bytes * max(rates.read_cpu_s, 1 / rates.read_bytes_per_s)
     spilling += traffic.parked_bytes / rates.stage_bytes_per_s
     staging = staged / rates.stage_bytes_per_s
-    compute = kernel + traffic.blocks * rates.block_s + touched_bytes / rates.touch_bytes_per_s + spilling
+    reader += touched_bytes / rates.touch_bytes_per_s
+    compute = kernel + traffic.blocks * rates.block_s + spilling
     compute += staging + reader if rates.on_processor else 0.0
     read = max(reader, cold_bytes / rates.read_bytes_per_s + (traffic.fetched_bytes - cold_bytes) * rates.read_cpu_s)
     files, data = _finishing(work, grid, layout) if work.durable else (0, 0)

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import Cli, environment
 
 MIB = 2**20
+INPUTS = [f"d/{name}.zarr" for name in "qkv"]
 RUN = """
 import json, pathlib, sys
 import psutil
@@ -22,7 +23,8 @@ planned = cqsa_stream.plan(*inputs, out=out, **options)
 attention(*inputs, out=out, **options)
 high_water = pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2]
 peak = int(high_water.split()[0]) * 1024
-print(json.dumps({"grown": peak - before, "projected": planned.footprint.host_bytes}))
+report = {"grown": peak - before, "projected": planned.footprint.host_bytes, "cache": planned.layout.cache_slots}
+print(json.dumps(report))
 """
 
 
@@ -52,3 +54,23 @@ def test_more_tokens_need_no_more_memory(cli: Cli, tmp_path: Path) -> None:
         assert cli("generate", name, "--tokens", tokens, *words).returncode == 0
         found = measured(tmp_path, name, f"o-{name}", host_memory="44MiB", queries=[tokens - 2048, tokens])
         assert found["grown"] <= found["projected"] <= 44 * MIB
+
+
+@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+@pytest.mark.parametrize("extra_mib", [0, 200])
+def test_the_plan_is_kept(schedule: str, extra_mib: int, cli: Cli, tmp_path: Path) -> None:
+    """A small part of benchmarks/promise.py: from the smallest budget to an ample one, without and with a cache."""
+    words = ("--heads", 2, "--kv-heads", 1, "--head-dim", 64, "--dtype", "float16", "--codec", "zstd")
+    assert cli("generate", "d", "--tokens", 9000, "--chunk-tokens", 1024, *words).returncode == 0
+    least = json.loads(cli("plan", *INPUTS, "--schedule", schedule, "--causal", "--json").stdout)["host_least_bytes"]
+    exactly = least + extra_mib * MIB
+    found = measured(
+        tmp_path, "d", "o", is_causal=True, enable_gqa=True, schedule=schedule, host_memory=exactly, device="cpu"
+    )
+    assert found["grown"] <= found["projected"] <= exactly
+    assert found["projected"] <= found["grown"] + 32 * MIB
+    status = json.loads(cli("status", "o.run", "--json").stdout)
+    assert status["complete"]
+    assert found["cache"] > 0 or extra_mib == 0 or schedule == "rectangular", "there is room for what comes back"
+    for name in ("bytes_read", "bytes_written"):
+        assert status["measured"][name] == pytest.approx(status["predicted"][name], rel=0.01)
