@@ -31,6 +31,9 @@ types: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/streaming_cpu.py
 	$(BIN)/python benchmarks/memory_cpu.py
+	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/promise.py
+	$(BIN)/python benchmarks/traffic.py --plot docs/traffic.svg
 
 docs: $(READY)
 	$(BIN)/python docs/check_links.py

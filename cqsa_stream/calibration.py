@@ -54,6 +54,28 @@ class Calibration:
         figures = {name: getattr(self, name) for name in (*_RATES, *_SECONDS)}
         return Rates(tiles=tiles, on_processor=self.on_processor, **figures)
 
+    def __str__(self) -> str:
+        lines = []
+        for dtype, by_dim in self.tiles.items():
+            for dim, times in by_dim.items():
+                lines.append(f"{dtype}, head dim {dim}: GFLOP/s by rows and columns of a call")
+                lines.append(" " * 8 + "".join(f"{columns:>9,}" for columns in times.columns))
+                for rows, seconds in zip(times.rows, times.seconds, strict=True):
+                    rates = (4 * dim * rows * c / s / 1e9 for c, s in zip(times.columns, seconds, strict=True))
+                    lines.append(f"{rows:>8,}" + "".join(f"{rate:>9,.0f}" for rate in rates))
+        lines.append(
+            f"disk: {self.read_bytes_per_s / 1e9:.2f} GB/s read, {self.write_bytes_per_s / 1e9:.2f} GB/s written, "
+            f"{self.file_s * 1e3:.2f} ms for a durable file, delaying the kernels by {self.file_lost_s * 1e3:.2f} ms"
+        )
+        lines.append(
+            f"processor: {self.read_cpu_s * 1e9:.2f} s/GB to read, {self.check_cpu_s * 1e9:.2f} with checksums, "
+            f"{self.expand_cpu_s * 1e9:.2f} compressed; {self.block_s * 1e3:.2f} ms to hand over a block"
+        )
+        lines.append(
+            f"memory: {self.stage_bytes_per_s / 1e9:.1f} GB/s to the kernel, {self.touch_bytes_per_s / 1e9:.1f} new"
+        )
+        return "\n".join(lines)
+
     def to_json(self) -> bytes:
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1).encode() + b"\n"
 

@@ -198,7 +198,7 @@ def bench(
     chosen = choose_device(device or "auto")
     found = measure(chosen, Path.cwd())
     path = found.save(chosen)
-    print(found.to_json().decode() if as_json else found, end="" if as_json else "\n")
+    print(found.to_json().decode().strip() if as_json else found)
     print(f"cqsa: kept in {path}", file=sys.stderr)
 
 

@@ -42,6 +42,9 @@ def test_what_is_saved_is_loaded(cache: Path) -> None:
     assert path == path_for(CPU)
     assert path.is_relative_to(cache)
     assert load(CPU) == FOUND
+    table = str(FOUND).splitlines()
+    assert table[0] == "float32, head dim 64: GFLOP/s by rows and columns of a call"
+    assert table[3].split() == ["1,024", "56", "67"], "256 x 1024 x 128 / 6e-4 and 256 x 1024 x 1024 / 4e-3"
 
 
 def test_head_dims_in_between_take_the_nearest_times() -> None:
