@@ -114,7 +114,7 @@ def plan(
     max_seconds: float | None = None,
     observers: Sequence[Observer] = (),
 ) -> Plan:
-    """Return what ``attention`` with the same options would do and need, reading nothing but shapes.
+    """Return what ``attention`` with the same options would do and need in a new run, reading nothing but shapes.
 
     The plan may be over budget: see its ``fits``. Print it, or take its ``to_dict()``. Raises InputError, ArrayError.
     """

@@ -131,7 +131,7 @@ def plan(
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run would need and take, without running it. Exit code 4 where it does not fit."""
+    """Say what a new run would need and take, without running it. Exit code 4 where it does not fit."""
     from cqsa_stream.planning import Options, plan_run, refuse_over_budget
 
     arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype)

@@ -191,6 +191,8 @@ class Engine:
         for row in range(self.grid.rows.chunks):
             cover = self.covers[lane].get(row, 0)
             if self.grid.rows.span(row) and cover is not None and cover == self.grid.complete_cover(row):
+                while held.full and self._leaving:
+                    self._settle_first(held)
                 if held.partial(row, (), lambda _: 0).cover == cover:
                     self._finish(held, row)
                 else:
@@ -230,7 +232,7 @@ class Engine:
         now = time.monotonic()
         ahead = now - self._last_safe + self._commit_s  # by the next safe point it would be too late
         self._last_safe = now
-        due = now - self._last_checkpoint + ahead >= self.job.checkpoint_every_s
+        due = self.job.store is not None and now - self._last_checkpoint + ahead >= self.job.checkpoint_every_s
         if reason or due:
             self._settle(held, wait=True)
         if self.job.store is not None and (reason or due):

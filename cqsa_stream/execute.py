@@ -16,6 +16,7 @@ from cqsa_stream.engine import Engine, Job
 from cqsa_stream.errors import ArrayError, InputError, LockedError, MismatchError
 from cqsa_stream.events import Ended, Observer, Started
 from cqsa_stream.kernels import kernel_for
+from cqsa_stream.machine import choose_device, free_budgets
 from cqsa_stream.meter import HostPeak, Meter
 from cqsa_stream.observers import EventLog, everyone
 from cqsa_stream.planning import CHECKPOINT_EVERY_S, Options, plan_run, refuse_over_budget, refuse_what_is_not_there
@@ -41,6 +42,12 @@ class Target:
     lse: Path | None = None
     fresh: bool = False
     fill_missing: bool = False
+
+    def disk(self, begun: bool) -> Path | None:
+        """Return a place on the disk that the run will fill; None where that is several, or is emptied before."""
+        places = [self.out, self.run_dir, *([self.lse] if self.lse else [])]
+        there = {next(p for p in (path, *path.parents) if p.exists()).stat().st_dev for path in places}
+        return None if len(there) > 1 or (begun and self.fresh) else self.out
 
     @classmethod
     def of(
@@ -111,7 +118,7 @@ def run_on_disk(
             _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host)
         return directory
     _refuse_occupied(target, directory)
-    plan, device = plan_run(problem, arrays, options, durable=True, out=target.out)
+    plan, device = plan_run(problem, arrays, options, durable=True, out=target.disk(directory.begun))
     refuse_over_budget(plan)
     refuse_what_is_not_there(plan)
     _check(arrays)
@@ -261,7 +268,9 @@ def _fingerprints(arrays: dict[str, TokenArray]) -> dict[str, str]:
 
 
 def _inherit(options: Options, directory: RunDirectory) -> Options:
-    """Take what the user did not name from the last session, so that the same plan goes on."""
+    """Take what the user did not name from the last session, so that the same plan goes on: budgets as far as they are
+    free now.
+    """
     last = next((e.get("options") for e in reversed(directory.events()) if e.get("event") == "started"), None)
     if not isinstance(last, dict):
         return options
@@ -269,6 +278,11 @@ def _inherit(options: Options, directory: RunDirectory) -> Options:
     if options.device is not None and options.device != last.get("device"):
         names = ("schedule", "checkpoint_every_s")  # budgets of another device say nothing
     taken = {name: last.get(name) for name in names if getattr(options, name) is None}
+    free = free_budgets(choose_device(options.device or taken.get("device") or "auto"))
+    for name, most in zip(("device_memory", "host_memory"), free, strict=True):
+        had = taken.get(name)
+        if most is not None and isinstance(had, int):
+            taken[name] = min(had, most)
     return replace(options, **taken)
 
 

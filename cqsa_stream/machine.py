@@ -19,13 +19,21 @@ from cqsa_stream.schedulers.memory import Tile
 from cqsa_stream.schedulers.planner import Machine
 from cqsa_stream.schedulers.rates import Rates, TileTimes
 
-__all__ = ["choose_device", "describe", "free_host_bytes", "nominal_rates", "parse_size"]
+__all__ = [
+    "FREE_SHARE",
+    "choose_device",
+    "describe",
+    "free_budgets",
+    "free_host_bytes",
+    "nominal_rates",
+    "parse_size",
+]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _HOST_RESERVED_BYTES = {"cpu": 18 << 20, "cuda": 1 << 30}  # libraries' own: code pages, stacks, handles; measured
 _THREAD_BYTES = 1 << 20  # a kernel's scratch for each compute thread
 _DEVICE_RESERVED_BYTES = 64 << 20
-_FREE_SHARE = 0.8
+FREE_SHARE = 0.8
 
 
 def parse_size(size: float | str | None, name: str) -> int | None:
@@ -78,7 +86,7 @@ def describe(
     machine = Machine(
         device=device.type,
         device_allowed_bytes=None,
-        host_allowed_bytes=int(free * _FREE_SHARE) if host_memory is None else host_memory,
+        host_allowed_bytes=int(free * FREE_SHARE) if host_memory is None else host_memory,
         device_reserved_bytes=0,
         host_reserved_bytes=_HOST_RESERVED_BYTES[device.type] + _THREAD_BYTES * torch.get_num_threads(),
         rates=known or nominal,
@@ -88,14 +96,15 @@ def describe(
         column_tokens=shapes.column_tokens,
         step_flops=shapes.step_flops,
         host_free_bytes=free,
+        host_total_bytes=psutil.virtual_memory().total,
         disk_free_bytes=None if out is None else _free_disk_bytes(out),
     )
     if device.type == "cpu":
         return machine
-    device_free = torch.cuda.mem_get_info(device)[0]
+    device_free = _free_device_bytes(device)
     return replace(
         machine,
-        device_allowed_bytes=int(device_free * _FREE_SHARE) if device_memory is None else device_memory,
+        device_allowed_bytes=int(device_free * FREE_SHARE) if device_memory is None else device_memory,
         device_reserved_bytes=_DEVICE_RESERVED_BYTES,
         device_free_bytes=device_free,
     )
@@ -125,6 +134,18 @@ def nominal_rates(device: torch.device, dtype: str, width: int) -> Rates:
     return Rates(tiles, 1e9, 5e8, 2e10, 2e9, 0.002, 1e-9, 1e-4, 2e-10, 1e-9, 4e-9, False)
 
 
+def free_budgets(device: torch.device) -> tuple[int | None, int]:
+    """Return the budgets, of device and host, of who names none: 80 % of what is free. On the CPU there is one pool."""
+    on_device = None if device.type == "cpu" else int(_free_device_bytes(device) * FREE_SHARE)
+    return on_device, int(free_host_bytes() * FREE_SHARE)
+
+
+def _free_device_bytes(device: torch.device) -> int:
+    """Return what is free on a CUDA device, what torch holds of it without using it included."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def free_host_bytes() -> int:
     """Return what is free of host memory: of the machine's, or of what the control group of the process may have."""
     free = psutil.virtual_memory().available
@@ -134,7 +155,7 @@ def free_host_bytes() -> int:
 
 
 def _control_group() -> Iterator[tuple[int, int, int]]:
-    """Yield (limit, in use, of which page cache) of each group (version 2) that the process is in."""
+    """Yield (limit, in use, of which can be taken back) of each group (version 2) that the process is in."""
     try:
         path = Path("/proc/self/cgroup").read_text().partition("0::")[2].strip().lstrip("/")
     except OSError:
@@ -148,7 +169,8 @@ def _control_group() -> Iterator[tuple[int, int, int]]:
         except (OSError, ValueError):
             continue
         if limit.isdecimal():
-            yield int(limit), used, int(statistics.get("inactive_file", 0))
+            names = ("inactive_file", "active_file", "slab_reclaimable")
+            yield int(limit), used, sum(int(statistics.get(name, 0)) for name in names)
 
 
 def _free_disk_bytes(path: Path) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from cqsa_stream.errors import BudgetError, InputError
 from cqsa_stream.kernels import kernel_for
-from cqsa_stream.machine import choose_device, describe, parse_size
+from cqsa_stream.machine import FREE_SHARE, choose_device, describe, parse_size
 from cqsa_stream.problem import Problem, dtype_bytes
 from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.memory import Workload
@@ -128,7 +128,7 @@ def refuse_what_is_not_there(plan: Plan) -> None:
         if pool == "disk":
             raise FullDiskError(f"{found}; make room where the output goes, and run the same command again")
         option = "--" + pool.replace(" ", "-")
-        raise BudgetError(f"{found}; allow less ({option} {free // 2**20}MiB), or free some")
+        raise BudgetError(f"{found}; allow less ({option} {int(free * FREE_SHARE) // 2**20}MiB), or free some")
 
 
 def _workload(problem: Problem, arrays: dict[str, TokenArray], device: torch.device, *, durable: bool) -> Workload:
@@ -154,10 +154,14 @@ def _workload(problem: Problem, arrays: dict[str, TokenArray], device: torch.dev
 def _stored(array: TokenArray, heads: int) -> Stored:
     """Describe what reading ``heads`` neighbouring heads fetches: chunks that hold other heads too come whole."""
     batch_chunk, head_chunk, token_chunk, _ = array.stored_chunk
+    lanes = array.shape[1] // heads
+    chunks = sum(-(-(lane + 1) * heads // head_chunk) - lane * heads // head_chunk for lane in range(lanes))
     return Stored(
         axis_tokens=array.shape[2],
         chunk_tokens=token_chunk,
-        heads_fetched=-(-heads // head_chunk) * head_chunk * batch_chunk,
+        heads_fetched=chunks * head_chunk * batch_chunk,
+        lanes=lanes,
         row_bytes=array.shape[3] * dtype_bytes(array.dtype),
         encoding=array.encoding,
+        in_memory=array.source == "memory",
     )

@@ -56,7 +56,7 @@ def cost(
     staged = (traffic.query_tokens * work.group * work.head_dim) * work.compute_itemsize
     if work.compute_itemsize != work.stored_itemsize or not rates.on_processor:
         staged += traffic.key_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize
-    reader = (traffic.bytes_read - traffic.checked_bytes - traffic.compressed_bytes) * rates.read_cpu_s
+    reader = (traffic.fetched_bytes - traffic.checked_bytes - traffic.compressed_bytes) * rates.read_cpu_s
     reader += traffic.checked_bytes * rates.check_cpu_s + traffic.compressed_bytes * rates.expand_cpu_s
     spilling = traffic.spills * rates.file_s + traffic.spilled_bytes / rates.write_bytes_per_s
     spilling += traffic.restored_bytes * max(rates.read_cpu_s, 1 / rates.read_bytes_per_s)
@@ -75,14 +75,14 @@ def cost(
     drain = finish * min(_rows_ending_together(schedule), grid.rows.filled)
     waiting = _waits(schedule, layout) * finish * work.lanes
     seconds = fill + max(compute + waiting, staging, read, write) + drain
-    checkpoints = int(seconds / checkpoint_every_s) if work.durable and checkpoint_every_s else 0
-    if checkpoints:
-        tasks = 1 + checkpoint_every_s * len(schedule) * work.lanes / seconds  # that change partials in between
-        changed = min(layout.resident_rows, grid.rows.filled, round(tasks * schedule.rows_per_task))
-        each = changed * partial_file_bytes(work, grid.rows.chunk_tokens, grid.columns.chunks)
-        seconds += checkpoints * (changed * rates.file_s + each / rates.write_bytes_per_s)
-    else:
-        each = 0
+    held = min(layout.resident_rows, grid.rows.filled) + layout.parked_rows
+    between = checkpoint_every_s * len(schedule) * work.lanes / seconds  # tasks from one checkpoint to the next
+    changed = min(held, round((1 + between) * schedule.rows_per_task))
+    safe_points = traffic.key_tokens // min(grid.columns.chunk_tokens, grid.columns.tokens)
+    checkpoints = min(int(seconds / checkpoint_every_s), safe_points) if checkpoint_every_s else safe_points
+    checkpoints *= work.durable
+    each = changed * partial_file_bytes(work, grid.rows.chunk_tokens, grid.columns.chunks)
+    seconds += checkpoints * (changed * rates.file_s + each / rates.write_bytes_per_s)
     return Cost(
         bytes_read=traffic.bytes_read,
         bytes_written=traffic.bytes_written + checkpoints * each,

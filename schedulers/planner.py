@@ -13,7 +13,7 @@ from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
 from cqsa_stream.schedulers.rates import Rates, TileTimes
 from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule, gaps, strides
-from cqsa_stream.schedulers.traffic import Stored, Traffic, countable, counted, estimated, kept
+from cqsa_stream.schedulers.traffic import Stored, Traffic, blocks_of_chunk, countable, counted, estimated, kept
 
 __all__ = ["MOST_CHUNKS", "Machine", "Request", "make_plan", "make_schedule"]
 
@@ -50,6 +50,7 @@ class Machine:
     step_flops: float
     device_free_bytes: int | None = None
     host_free_bytes: int | None = None
+    host_total_bytes: int | None = None
     disk_free_bytes: int | None = None
 
 
@@ -100,7 +101,7 @@ def make_plan(request: Request, machine: Machine) -> Plan:
     moved = [search.counted(plan) for plan in best]
     candidates = tuple(search.costed(plan, it, machine.rates) for plan, it in zip(best, moved, strict=True))
     chosen = _choose(candidates)
-    least = min((plan.least for plan in candidates), key=lambda least: least.host_bytes + least.device_bytes)
+    least = min((plan.least for plan in candidates), key=_held)
     told = tuple(
         replace(search.costed(plan, it, machine.measured), least=least)
         for plan, it in zip(candidates, moved, strict=True)
@@ -112,10 +113,21 @@ def _choose(candidates: tuple[Plan, ...]) -> int:
     """Return which: the fastest that fits; of equals CQS, its tasks being free to move, where no partial spills."""
     fitting = [i for i, plan in enumerate(candidates) if plan.fits]
     if not fitting:
-        return min(range(len(candidates)), key=lambda i: candidates[i].least.host_bytes)
+        return min(range(len(candidates)), key=lambda i: _held(candidates[i].least))
     fastest = min(candidates[i].cost.seconds for i in fitting)
     equal = [i for i in fitting if candidates[i].cost.seconds <= _TIE * fastest]
     return next((i for i in equal if not candidates[i].cost.spills), equal[0])
+
+
+def _held(footprint: Footprint) -> int:
+    return footprint.host_bytes + footprint.device_bytes
+
+
+def _cheapest(plans: list[Plan]) -> Plan:
+    """Return, of the plans that are as fast as any, the one that moves the fewest bytes."""
+    fastest = min(plan.cost.seconds for plan in plans)
+    equal = [plan for plan in plans if plan.cost.seconds <= _TIE * fastest]
+    return min(equal, key=lambda p: (p.cost.bytes_read + p.cost.bytes_written, p.cost.seconds))
 
 
 class _Search:
@@ -133,16 +145,15 @@ class _Search:
         fitting: list[Plan] = []
         weighed = 0
         for rows, columns in self._axes:
-            layouts = list(self._layouts(name, rows, columns))
-            fitting += [self._priced(name, rows, columns, layout, least) for layout in layouts]
-            weighed += bool(layouts)
+            plans = [self._priced(name, rows, columns, it, least) for it in self._layouts(name, rows, columns)]
+            if plans:  # of each grid one, as if it were given: so a run that has begun finds its layout again
+                fitting.append(_cheapest(plans))
+                weighed += 1
             if weighed == _WEIGHED:
                 break
         if not fitting:
             return self._priced(name, least.rows, least.columns, least.layout, least)
-        fastest = min(plan.cost.seconds for plan in fitting)
-        equal = [plan for plan in fitting if plan.cost.seconds <= _TIE * fastest]
-        return min(equal, key=lambda p: (p.cost.bytes_read + p.cost.bytes_written, p.cost.seconds))
+        return _cheapest(fitting)
 
     def counted(self, plan: Plan) -> Traffic:
         """Return what the plan moves: counted rather than estimated, where that takes a moment only."""
@@ -189,9 +200,10 @@ class _Search:
             self._kernel_s[kind] = kernel_s(self.work, schedule.grid, layout, self.request.mask, rates.tiles)
         touched = held.host_bytes - self.machine.host_reserved_bytes
         every = self.request.checkpoint_every_s
-        stored = self.work.lanes * sum(array.bytes for array in self.request.arrays)
-        free = self.machine.host_free_bytes
-        cold = moved.fetched_bytes if free is not None and stored > free else min(stored, moved.fetched_bytes)
+        on_disk = [array for array in self.request.arrays if not array.in_memory]
+        stored = sum(a.fetched_bytes(range(a.axis_tokens)) * self.work.lanes // a.lanes for a in on_disk)
+        total = self.machine.host_total_bytes  # more is not kept by the system; what is free changes every day
+        cold = moved.fetched_bytes if total is not None and stored > total else min(stored, moved.fetched_bytes)
         return cost(self.work, schedule, layout, moved, self._kernel_s[kind], rates, every, cold, touched)
 
     def _grid(self, rows: Axis, columns: Axis) -> Grid:
@@ -236,6 +248,8 @@ class _Search:
         least = min(_LEAST_CHUNK_TOKENS, largest)
         sizes = [largest >> n for n in range(largest.bit_length())]
         useful = [size for size in sizes if size >= least and -(-queries // size) <= MOST_CHUNKS]
+        if not useful:
+            return [MOST_CHUNKS]
         step, columns = self.machine.step_flops, self.machine.column_tokens
         quick = [size for size in useful if self._pair_flops(min(size, queries), columns) <= step]
         return sorted({-(-queries // size) for size in quick or useful[-1:]})
@@ -249,7 +263,7 @@ class _Search:
         for rows, columns in self._axes:
             layout = self._layout(name, rows, self._blocks(columns)[-1], _RINGS[-1], self._out_tokens(rows)[-1])
             found.append(_Least(self._footprint(name, rows, columns, layout), rows, columns, layout))
-        return min(found, key=lambda least: least.footprint.host_bytes + least.footprint.device_bytes)
+        return min(found, key=lambda least: _held(least.footprint))
 
     def _layouts(self, name: str, rows: Axis, columns: Axis) -> Iterator[Layout]:
         """Yield layouts that fit, from the largest blocks down; each holds as many row chunks as the budget allows."""
@@ -310,13 +324,14 @@ class _Search:
         else:
             most = rows.filled
         low = layout.resident_rows
-        resident = self._most(
-            name, rows, columns, low, max(low, most), lambda n: replace(layout, resident_rows=max(low, n))
-        )
-        layout = replace(layout, resident_rows=resident)
+
+        def resident(n: int) -> Layout:  # those that must be parked otherwise need not be
+            return replace(layout, resident_rows=n, parked_rows=max(0, layout.parked_rows - (n - low)))
+
+        layout = resident(self._most(name, rows, columns, low, max(low, most), resident))
         if name == "cqs" and self.machine.device != "cpu":
             low = layout.parked_rows
-            most = max(low, rows.filled - resident)
+            most = max(low, rows.filled - layout.resident_rows)
             parked = self._most(name, rows, columns, low, most, lambda n: replace(layout, parked_rows=n))
             layout = replace(layout, parked_rows=parked)
         blocks = 2 * columns.filled * -(-columns.chunk_tokens // layout.block_tokens)
@@ -335,7 +350,7 @@ class _Search:
         spilling = room < rows.filled
         if name != "cqs" or not (spilling or cached):
             return layout
-        blocks = 3 * -(-rows.chunk_tokens // layout.block_tokens)
+        blocks = blocks_of_chunk(rows, layout)
 
         def reused(stride: int) -> tuple[float, float]:
             ordered = gaps(rows.chunks, stride)

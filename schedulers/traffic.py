@@ -12,7 +12,7 @@ from cqsa_stream.schedulers.memory import FILE_HEADER_BYTES, Layout, Workload, p
 from cqsa_stream.schedulers.residency import Residency, fetches, pieces
 from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule, Task, gaps
 
-__all__ = ["Stored", "Traffic", "countable", "counted", "estimated", "kept"]
+__all__ = ["Stored", "Traffic", "blocks_of_chunk", "countable", "counted", "estimated", "kept"]
 
 _MOST_COUNTED = 12_000  # fetches; more would take longer than planning should
 _CHUNKS_SAMPLED = 64
@@ -20,9 +20,10 @@ _CHUNKS_SAMPLED = 64
 
 @dataclass(frozen=True)
 class Stored:
-    """How an array lies on disk: what a read of some tokens of ``heads_fetched`` heads fetches.
+    """How an array lies on disk: what a read of some tokens fetches.
 
-    ``encoding``: "raw" where any range of bytes can be read, else what a reader does with each chunk.
+    ``heads_fetched`` are those of ``lanes`` lanes, which may share chunks that hold several heads. ``encoding``: "raw"
+    where any range of bytes can be read, else what a reader does with each chunk.
     """
 
     axis_tokens: int
@@ -30,14 +31,11 @@ class Stored:
     heads_fetched: int
     row_bytes: int
     encoding: Literal["raw", "checked", "compressed"] = "raw"
-
-    @property
-    def bytes(self) -> int:
-        """All of one lane's tokens."""
-        return self.axis_tokens * self.heads_fetched * self.row_bytes
+    lanes: int = 1
+    in_memory: bool = False
 
     def fetched_bytes(self, span: range) -> int:
-        """Return the bytes fetched to read a span: stored chunks come whole."""
+        """Return the bytes fetched to read a span in each of the lanes: stored chunks come whole."""
         if not span:
             return 0
         first = span.start // self.chunk_tokens * self.chunk_tokens
@@ -89,7 +87,9 @@ def countable(schedule: Schedule, layout: Layout) -> bool:
 
 def _nothing_stays(schedule: Schedule, layout: Layout) -> bool:
     """Whether a task uses so many blocks, and the host so few buffers, that none of them is found there again."""
-    return schedule.name == "cqs" and not layout.cache_slots and 2 * (schedule.rows_per_task - 1) >= layout.ring_slots
+    every_chunk = schedule.grid.rows.filled == len(schedule)
+    used = 2 * (schedule.rows_per_task - 2)
+    return schedule.name == "cqs" and every_chunk and not layout.cache_slots and used >= layout.ring_slots
 
 
 def counted(
@@ -107,7 +107,7 @@ def counted(
                 count.fetch(fetch.array, fetch.tokens, fetch.next_use)
         for row, pairs in task.pairs_by_row().items():
             count.computed(row, pairs)
-    return _of_all_lanes(work, schedule.grid, count.traffic())
+    return _of_all_lanes(work, schedule.grid, count.traffic(), arrays[0].lanes)
 
 
 class _Count:
@@ -267,6 +267,7 @@ def estimated(
             round(max(0.0, parked) * partial_bytes(work, grid.rows.chunk_tokens)),
             0,
         ),
+        arrays[0].lanes,
     )
 
 
@@ -286,15 +287,18 @@ def _reuse(schedule: Schedule, layout: Layout) -> tuple[float, float, float, flo
             before = streamed
         return 0.0, hits / max(1, total), 1.0, 1.0
     ordered = gaps(grid.rows.chunks, layout.stride)
-    blocks = 2 * -(-grid.columns.chunk_tokens // layout.block_tokens)
-    blocks += -(-grid.rows.chunk_tokens // layout.query_tokens)
-    seen = kept(ordered, layout.cache_slots / blocks, 0)
+    seen = kept(ordered, layout.cache_slots / blocks_of_chunk(grid.rows, layout), 0)
     returns = max(1, len(ordered) - 1)
     found = []
     for places in (layout.resident_rows, layout.resident_rows + layout.parked_rows):
         all_fit = places >= grid.rows.filled
         found.append(1.0 if all_fit else min(1.0, kept(ordered, places - schedule.rows_per_task, 1) / returns))
     return seen / len(ordered), seen / len(ordered), found[0], found[1]
+
+
+def blocks_of_chunk(axis: Axis, layout: Layout) -> int:
+    """Return the blocks of a chunk of queries, keys and values."""
+    return -(-axis.chunk_tokens // layout.query_tokens) + 2 * -(-axis.chunk_tokens // layout.block_tokens)
 
 
 def kept(ordered: list[int], room: float, free: int) -> float:
@@ -321,10 +325,13 @@ def _bytes(times: list[float], axis: Axis, stored: Stored, length: int, offset: 
     return total * sum(times) / seen if seen else 0.0
 
 
-def _of_all_lanes(work: Workload, grid: Grid, lane: Traffic) -> Traffic:
+def _of_all_lanes(work: Workload, grid: Grid, lane: Traffic, lanes: int) -> Traffic:
+    """Return what all lanes move; what is fetched was counted for so many of them."""
     finished = 0
     if work.durable:
         tokens = work.group * grid.rows.tokens
         finished = tokens * (work.value_dim * work.out_itemsize + 4) + grid.rows.filled * FILE_HEADER_BYTES
     values = {name: value * work.lanes for name, value in vars(replace(lane, finished_bytes=finished)).items()}
+    for name in ("fetched_bytes", "checked_bytes", "compressed_bytes"):
+        values[name] //= lanes
     return Traffic(**values)

@@ -102,6 +102,7 @@ class PartialStore:
     def finish(self, lane: int, row: int, checksum: int) -> None:
         """Replace the partial of a row, whose output is durable, by the word that it is finished."""
         self._replace(lane, row, True, (b"", b"", b""), 0, checksum)
+        self._generations.pop((lane, row), None)
 
     def covers(self, lane: int) -> Iterator[tuple[int, int | None]]:
         """Yield (row, cover) of each stored partial of a lane; None stands for a finished row."""

@@ -114,6 +114,22 @@ def test_partials_may_leave_the_device_for_memory_or_disk(
     assert status["measured"]["bytes_written"] == status["predicted"]["bytes_written"]
 
 
+def test_rows_that_see_no_key_wait_for_their_place(tmp_path: Path) -> None:
+    """Several lanes under the smallest budget: the only place for a partial may still be leaving for disk."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 3, 2048, 16, generator=generator) for _ in range(3))
+    expected, _ = dense(q, k, v, causal=True, q_start=-1024)
+    arrays, out = [tmp_path / f"{name}.npy" for name in "qkv"], tmp_path / "out"
+    for path, tensor in zip(arrays, (q, k, v), strict=True):
+        np.save(path, tensor.numpy())
+    query, key, value = arrays
+    plan = cqsa.plan(query, key, value, is_causal=True, q_start=-1024, out=out, device="cpu")
+    found = cqsa.attention(
+        query, key, value, is_causal=True, q_start=-1024, out=out, device="cpu", host_memory=plan.least.host_bytes
+    )
+    torch.testing.assert_close(torch.from_numpy(found.read().result()).double(), expected, rtol=2e-5, atol=2e-6)
+
+
 def test_numpy_inputs_are_taken_as_they_are() -> None:
     q, k, v = inputs("normal", torch.float16, 1, 1, 50, 8)
     expected = cqsa.attention(q, k, v)

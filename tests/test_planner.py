@@ -292,3 +292,30 @@ def test_a_run_that_has_begun_keeps_its_grid() -> None:
         plan = make_plan(later, allowed(host))
         assert plan.grid == first.grid
         assert plan.layout.out_tokens == first.layout.out_tokens
+
+
+@given(
+    st.integers(1, 300_000), st.booleans(), st.sampled_from([1, 4]), st.integers(22, 400),
+    st.sampled_from(["cqs", "rectangular"]), st.booleans(),
+)  # fmt: skip
+def test_a_run_that_has_begun_finds_its_layout_again(
+    tokens: int, causal: bool, group: int, mib: int, schedule: str, slow_disk: bool
+) -> None:
+    wanted = dataclasses.replace(request(tokens, causal=causal, group=group), schedule=schedule)
+    rates = dataclasses.replace(RATES, read_bytes_per_s=1e7) if slow_disk else RATES
+    machine = dataclasses.replace(allowed(mib * MIB), rates=rates, measured=rates)
+    first = make_plan(wanted, machine)
+    begun = dataclasses.replace(wanted, grid=first.grid, out_tokens=first.layout.out_tokens)
+    later = make_plan(begun, dataclasses.replace(machine, host_free_bytes=2**20))
+    assert (later.layout, later.grid) == (first.layout, first.grid)
+
+
+def test_checkpoints_are_no_more_than_there_are_moments_for_them() -> None:
+    plans = [
+        make_plan(dataclasses.replace(request(7000, causal=True), checkpoint_every_s=every, chunks=7), MACHINE)
+        for every in (0.0, 1e-9, 60.0)
+    ]
+    steps = 2 * sum(len(plan_task.steps) for plan_task in Rectangular(plans[0].grid, 7).tasks(0))
+    assert plans[0].cost.checkpoints == plans[1].cost.checkpoints >= steps
+    assert plans[2].cost.checkpoints == 0
+    assert plans[0].cost.bytes_written > plans[2].cost.bytes_written

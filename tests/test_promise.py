@@ -4,13 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cqsa_stream.errors import BudgetError, FullDiskError
 from cqsa_stream.observers import side_by_side
 from cqsa_stream.planning import refuse_what_is_not_there
 from cqsa_stream.schedulers.planner import make_plan
-from cqsa_stream.storage.output import create_array
+from cqsa_stream.storage.output import create_array, write
 from tests.conftest import Cli
 from tests.test_planner import MACHINE, MIB, allowed, request
 
@@ -78,6 +79,18 @@ def test_prediction_stands_beside_measurement(cli: Cli) -> None:
     events = [json.loads(line) for line in Path("o.run/events.jsonl").read_text().splitlines()]
     assert events[-1]["predicted"] == {**status["predicted"], "device_bytes": 0}
     assert events[-1]["measured"]["bytes_read"] == status["measured"]["bytes_read"]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "stored"), [(6, 3, 3), (12, 4, 4), (4, 4, 4), (8, 2, 1)])
+def test_stored_chunks_that_hold_several_heads(heads: int, kv_heads: int, stored: int, cli: Cli) -> None:
+    for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        values = np.random.default_rng(0).standard_normal((1, count, 700, 8), dtype=np.float32)
+        write(
+            create_array(Path("d") / f"{name}.zarr", values.shape, "float32", (1, min(stored, count), 100, 8)), values
+        )
+    assert cli("run", *INPUTS, "o", "--device", "cpu").returncode == 0
+    status = json.loads(cli("status", "o.run", "--json").stdout)
+    assert status["predicted"]["bytes_read"] == status["measured"]["bytes_read"]
 
 
 def test_a_billion_tokens_are_planned_from_metadata(cli: Cli, tmp_path: Path) -> None:
