@@ -90,7 +90,7 @@ def lanes_together() -> None:
         fast = replace(rates, tiles=rates.tiles.scaled(8.0))  # the same work in an eighth of the calls
         found = []
         for work, array, speed in ((apart, stored, rates), (together, wide, fast)):
-            request = Request(work, tokens, tokens, 0, True, mask, (array, array, array), 0.0, "rectangular")
+            request = Request(work, tokens, tokens, 0, True, mask, (array, array, array), 1e12, "rectangular")
             found.append(make_plan(request, replace(machine, rates=speed, measured=speed)))
         cells = [f"{plan.cost.bytes_read / 2**30:.1f}" if plan.fits else "no plan" for plan in found]
         times = [f"{plan.cost.seconds:.1f}" if plan.fits else "" for plan in found]

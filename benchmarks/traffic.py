@@ -28,6 +28,7 @@ MIB = 2**20
 LENGTHS = (16_384, 32_768, 65_536)
 BUDGETS = (22, 24, 28, 40, 64, 128)
 SCHEDULES = ("cqs", "rectangular")
+_NEVER_S = 1e12  # no checkpoints: their number depends on the interval, not on the schedule
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def planned(lengths: tuple[int, ...], budgets: tuple[int, ...]) -> list[Point]:
             device_reserved_bytes=64 * MIB, host_reserved_bytes=0, rates=rates, measured=rates,
             tile=Tile(65_536, 65_536, 65_536), block_tokens=65_536, column_tokens=131_072, step_flops=1e15,
         )  # fmt: skip
-        request = Request(work, tokens, tokens, 0, True, mask, (stored, stored, stored), 0.0, schedule)
+        request = Request(work, tokens, tokens, 0, True, mask, (stored, stored, stored), _NEVER_S, schedule)
         plan = make_plan(request, machine)
         if plan.fits:
             moved = plan.cost.bytes_read + plan.cost.bytes_written
@@ -122,8 +123,9 @@ def plot(points: list[Point], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "traffic"
+    mpl.rcParams.update({"svg.hashsalt": "traffic", "svg.fonttype": "none"})
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     lengths = list(dict.fromkeys(p.tokens for p in points))
     figure, axes = pyplot.subplots(2, len(lengths), figsize=(3.2 * len(lengths), 5.6), squeeze=False)
@@ -136,6 +138,14 @@ def plot(points: list[Point], path: Path) -> None:
             axis.loglog(x, [p.bytes_moved / MIB for p in some], style, marker="o", ms=3, color=colour, label=schedule)
         kind = "planned" if any(p.seconds is None for p in points if p.tokens == tokens) else "counted"
         axis.set_title(f"{tokens:,} tokens, {'causal' if causal else 'full'}\n({kind})", fontsize=8)
+        shown = [p for p in points if (p.tokens, p.causal) == (tokens, causal)]
+        least, most = (choose(p.bytes_moved / MIB for p in shown) for choose in (min, max))
+        axis.set_ylim(least / 1.5, max(1.5 * most, 6 * least))
+        budgets = sorted({p.budget_bytes // MIB for p in shown})
+        axis.set_xticks(budgets, [f"{b:,}" for b in budgets], rotation=60)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.tick_params(labelsize=7)
         axis.set_xlabel("budget, MiB", fontsize=7)
     axes[0][0].set_ylabel("moved to and from disk, MiB", fontsize=7)
