@@ -10,7 +10,7 @@ from typing import Literal
 from cqsa_stream.schedulers.grid import Axis, Grid
 from cqsa_stream.schedulers.memory import FILE_HEADER_BYTES, Layout, Workload, partial_bytes, partial_file_bytes
 from cqsa_stream.schedulers.residency import Residency, fetches, pieces
-from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule, Task, gaps
+from cqsa_stream.schedulers.schedules import Rectangular, Schedule, Task, gaps
 
 __all__ = ["Stored", "Traffic", "blocks_of_chunk", "countable", "counted", "estimated", "kept"]
 
@@ -76,20 +76,26 @@ class Traffic:
 
 def countable(schedule: Schedule, layout: Layout) -> bool:
     """Return whether counting takes a moment only."""
+    if schedule.name == "cqs" and 4 * len(schedule) * schedule.rows_per_task > _MOST_COUNTED:
+        return False  # each visit of a row looks for the partial that is to leave
+    return _fetches(schedule, layout) <= _MOST_COUNTED or _streams(schedule, layout)
+
+
+def _fetches(schedule: Schedule, layout: Layout) -> int:
+    """Return how many fetches a lane has, at most."""
     visits = len(schedule) * schedule.rows_per_task
-    if _nothing_stays(schedule, layout):
-        return 4 * visits <= _MOST_COUNTED  # each visit looks for the partial that is to leave
-    columns = visits if isinstance(schedule, Cqs) else len(schedule) * schedule.grid.columns.filled
+    columns = visits if schedule.name == "cqs" else len(schedule) * schedule.grid.columns.filled
     queries = visits * -(-schedule.grid.rows.chunk_tokens // layout.query_tokens)
-    blocks = 2 * columns * -(-schedule.grid.columns.chunk_tokens // layout.block_tokens)
-    return queries + blocks <= _MOST_COUNTED
+    return queries + 2 * columns * -(-schedule.grid.columns.chunk_tokens // layout.block_tokens)
 
 
-def _nothing_stays(schedule: Schedule, layout: Layout) -> bool:
-    """Whether a task uses so many blocks, and the host so few buffers, that none of them is found there again."""
-    every_chunk = schedule.grid.rows.filled == len(schedule)
+def _streams(schedule: Schedule, layout: Layout) -> bool:
+    """Whether a task uses so many blocks, and the host so few buffers, that the next finds none of them there.
+
+    (Tasks that hold chunks past the end use fewer, and may find some.)
+    """
     used = 2 * (schedule.rows_per_task - 2)
-    return schedule.name == "cqs" and every_chunk and not layout.cache_slots and used >= layout.ring_slots
+    return schedule.name == "cqs" and not layout.cache_slots and used >= layout.ring_slots
 
 
 def counted(
@@ -97,7 +103,8 @@ def counted(
 ) -> Traffic:
     """Go through the tasks of one lane as the engine will, and count."""
     count = _Count(work, schedule, layout, arrays, first_query)
-    every_time = _nothing_stays(schedule, layout)
+    whole = schedule.grid.rows.filled == len(schedule)
+    every_time = _streams(schedule, layout) and (whole or _fetches(schedule, layout) > _MOST_COUNTED)
     for number, task in enumerate(schedule.tasks(0)):
         count.rows(number, task.rows)
         if every_time:
