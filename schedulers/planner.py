@@ -3,17 +3,17 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product, takewhile
+from itertools import takewhile
 
 from cqsa_stream.schedulers.costs import Cost, cost, kernel_s
 from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.masks import Mask
-from cqsa_stream.schedulers.memory import Footprint, Layout, Tile, Workload, footprint, query_tokens, slot_bytes
+from cqsa_stream.schedulers.memory import Footprint, Layout, Tile, footprint, query_tokens, slot_bytes
 from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
 from cqsa_stream.schedulers.rates import Rates, TileTimes
+from cqsa_stream.schedulers.request import Machine, Request
 from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule, gaps, strides
-from cqsa_stream.schedulers.traffic import Stored, Traffic, blocks_of_chunk, countable, counted, estimated, kept
+from cqsa_stream.schedulers.traffic import Traffic, blocks_of_chunk, countable, counted, estimated, kept
 
 __all__ = ["MOST_CHUNKS", "Machine", "Request", "make_plan", "make_schedule"]
 
@@ -26,54 +26,6 @@ _LEAST_OUT_CHUNK_BYTES = 64 << 10
 _SMALLEST_BLOCK = 256
 _WEIGHED = 3  # numbers of chunks that fit, the fewest first; and of each as many sizes of blocks, the largest first
 _RINGS = (6, 4)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A device as the planner sees it: budgets and what is free in bytes, rates, and the shapes that its kernel likes.
-
-    A plan is chosen by ``rates``; its seconds are told by ``measured``: without a calibration, what a quick trial
-    found, which must not change the plan from one day to the next. ``step_flops`` bounds the work between two moments
-    at which a run can stop. What is None is not there, or not known.
-    """
-
-    device: str
-    device_allowed_bytes: int | None
-    host_allowed_bytes: int
-    device_reserved_bytes: int
-    host_reserved_bytes: int
-    rates: Rates
-    measured: Rates
-    tile: Tile
-    block_tokens: int
-    column_tokens: int
-    step_flops: float
-    device_free_bytes: int | None = None
-    host_free_bytes: int | None = None
-    host_total_bytes: int | None = None
-    disk_free_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be planned. ``chunks`` and ``schedule`` are given where a user forces them; ``grid`` and
-    ``out_tokens`` where a run has begun, whose output is stored in chunks of so many tokens.
-
-    ``arrays``: how query, key and value are stored.
-    """
-
-    work: Workload
-    queries: int
-    keys: int
-    first_query: int
-    same_positions: bool
-    mask: Mask
-    arrays: tuple[Stored, Stored, Stored]
-    checkpoint_every_s: float = 60.0
-    schedule: str = "auto"
-    chunks: int | None = None
-    grid: Grid | None = None
-    out_tokens: int | None = None
 
 
 def make_schedule(name: str, grid: Grid, layout: Layout) -> Schedule:
@@ -267,10 +219,13 @@ class _Search:
 
     def _layouts(self, name: str, rows: Axis, columns: Axis) -> Iterator[Layout]:
         """Yield layouts that fit, from the largest blocks down; each holds as many row chunks as the budget allows."""
+        least = (self._layout(name, rows, self._blocks(columns)[-1], _RINGS[-1], n) for n in self._out_tokens(rows))
+        frugal = next((it for it in least if self._fits(name, rows, columns, it)), None)
+        if frugal is None:
+            return
         found = 0
         for block in self._blocks(columns):
-            frugal = product(_RINGS, self._out_tokens(rows))
-            layouts = (self._layout(name, rows, block, ring, out) for ring, out in frugal)
+            layouts = (self._layout(name, rows, block, ring, frugal.out_tokens) for ring in _RINGS)
             layout = next((it for it in layouts if self._fits(name, rows, columns, it)), None)
             if layout is not None:
                 yield from self._grown(name, rows, columns, layout)

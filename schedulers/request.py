@@ -1,0 +1,59 @@
+"""What a plan is asked for: the work and how it is stored, and the machine that is to do it."""
+
+from dataclasses import dataclass
+
+from cqsa_stream.schedulers.grid import Grid
+from cqsa_stream.schedulers.masks import Mask
+from cqsa_stream.schedulers.memory import Tile, Workload
+from cqsa_stream.schedulers.rates import Rates
+from cqsa_stream.schedulers.traffic import Stored
+
+__all__ = ["Machine", "Request"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device as the planner sees it: budgets and what is free in bytes, rates, and the shapes that its kernel likes.
+
+    A plan is chosen by ``rates``; its seconds are told by ``measured``: without a calibration, what a quick trial
+    found, which must not change the plan from one day to the next. ``step_flops`` bounds the work between two moments
+    at which a run can stop. What is None is not there, or not known.
+    """
+
+    device: str
+    device_allowed_bytes: int | None
+    host_allowed_bytes: int
+    device_reserved_bytes: int
+    host_reserved_bytes: int
+    rates: Rates
+    measured: Rates
+    tile: Tile
+    block_tokens: int
+    column_tokens: int
+    step_flops: float
+    device_free_bytes: int | None = None
+    host_free_bytes: int | None = None
+    host_total_bytes: int | None = None
+    disk_free_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned. ``chunks`` and ``schedule`` are given where a user forces them; ``grid`` and
+    ``out_tokens`` where a run has begun, whose output is stored in chunks of so many tokens.
+
+    ``arrays``: how query, key and value are stored.
+    """
+
+    work: Workload
+    queries: int
+    keys: int
+    first_query: int
+    same_positions: bool
+    mask: Mask
+    arrays: tuple[Stored, Stored, Stored]
+    checkpoint_every_s: float = 60.0
+    schedule: str = "auto"
+    chunks: int | None = None
+    grid: Grid | None = None
+    out_tokens: int | None = None
