@@ -13,10 +13,14 @@ from cqsa_stream.schedulers.masks import mask_of
 from cqsa_stream.schedulers.memory import Tile, Workload
 from cqsa_stream.schedulers.planner import Machine, Request, make_plan
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
-from cqsa_stream.schedulers.rates import Rates, TileTimes
+from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
 from cqsa_stream.schedulers.traffic import Stored
 
 MIB = 2**20
+GPU = Speeds(
+    read_bytes_per_s=5e9, write_bytes_per_s=2e9, stage_bytes_per_s=2e10, touch_bytes_per_s=4e9, file_s=2e-3,
+    file_lost_s=1e-9, block_s=1e-4, read_cpu_s=2e-10, check_cpu_s=1e-9, expand_cpu_s=4e-9, on_processor=False,
+)  # fmt: skip
 SINGER = [(c, quorum_size(c)) for c in takewhile(lambda c: c <= 400, singer_numbers())]
 
 # The least sizes of difference covers modulo c, c up to 111: W. S. Luk and T. T. Wong, "Two new quorum based algorithms
@@ -72,7 +76,7 @@ def lanes_together() -> None:
     print(f"{'budget MiB':>10} {'apart: read GiB':>16} {'s':>7} {'together: read GiB':>19} {'s':>7}")
     tokens = 1 << 20
     mask = mask_of(True, tokens, 0)
-    rates = Rates(TileTimes.nominal(4e14, 128, 1e-4), 5e9, 2e9, 2e10, 4e9, 0.002, 1e-9, 1e-4, 2e-10, 1e-9, 4e-9, False)
+    rates = Rates(TileTimes.nominal(4e14, 128, 1e-4), GPU)
     for budget in (256, 512, 1_024, 4_096):
         machine = Machine(
             device="cuda", device_allowed_bytes=budget * MIB, host_allowed_bytes=256 * MIB,

@@ -21,10 +21,14 @@ from cqsa_stream.schedulers.masks import mask_of
 from cqsa_stream.schedulers.memory import Tile, Workload
 from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.schedulers.planner import Machine, Request, make_plan
-from cqsa_stream.schedulers.rates import Rates, TileTimes
+from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
 from cqsa_stream.schedulers.traffic import Stored
 
 MIB = 2**20
+GPU = Speeds(
+    read_bytes_per_s=5e9, write_bytes_per_s=2e9, stage_bytes_per_s=2e10, touch_bytes_per_s=4e9, file_s=2e-3,
+    file_lost_s=1e-9, block_s=1e-4, read_cpu_s=2e-10, check_cpu_s=1e-9, expand_cpu_s=4e-9, on_processor=False,
+)  # fmt: skip
 LENGTHS = (16_384, 32_768, 65_536)
 BUDGETS = (22, 24, 28, 40, 64, 128)
 SCHEDULES = ("cqs", "rectangular")
@@ -69,7 +73,7 @@ def ran(folder: Path) -> list[Point]:
 def planned(lengths: tuple[int, ...], budgets: tuple[int, ...]) -> list[Point]:
     """Plan 8 heads of 64, float16, on a GPU with a budget of device memory and twice that of host memory."""
     found = []
-    rates = Rates(TileTimes.nominal(4e14, 128, 1e-4), 5e9, 2e9, 2e10, 4e9, 0.002, 1e-9, 1e-4, 2e-10, 1e-9, 4e-9, False)
+    rates = Rates(TileTimes.nominal(4e14, 128, 1e-4), GPU)
     for tokens, causal, budget, schedule in product(lengths, (True, False), budgets, SCHEDULES):
         mask, stored = mask_of(causal, tokens, 0), Stored(tokens, 1, 1, 128)
         work = Workload(

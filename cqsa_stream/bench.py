@@ -24,7 +24,7 @@ from cqsa_stream.partial import fold
 from cqsa_stream.planning import Options, plan_run
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.masks import TileMask
-from cqsa_stream.schedulers.rates import TileTimes
+from cqsa_stream.schedulers.rates import Speeds, TileTimes
 from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray, open_array
 from cqsa_stream.storage.atomic import replace_file
@@ -58,8 +58,7 @@ def measure(device: torch.device, folder: Path) -> Calibration:
         name = str(dtype).removeprefix("torch.")
         tiles[name] = {dim: _tile_times(device, dtype, dim) for dim in _HEAD_DIMS}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".cqsa-bench-") as temporary:
-        found = Calibration(
-            tiles=tiles,
+        speeds = Speeds(
             stage_bytes_per_s=_staging(device),
             touch_bytes_per_s=_touching(),
             on_processor=device.type == "cpu",
@@ -69,8 +68,9 @@ def measure(device: torch.device, folder: Path) -> Calibration:
             **_reading(Path(temporary)),
         )
         arrays = open_inputs(*generate(Path(temporary) / "inputs", **_RUN))
-        found = replace(found, block_s=_block_s(device, arrays, found))
-        return replace(found, file_lost_s=_file_lost_s(device, arrays, found, Path(temporary)))
+        speeds = replace(speeds, block_s=_block_s(device, arrays, Calibration(tiles, speeds)))
+        lost = _file_lost_s(device, arrays, Calibration(tiles, speeds), Path(temporary))
+        return Calibration(tiles, replace(speeds, file_lost_s=lost))
 
 
 def _seconds(action: Callable[[], object], device: torch.device, at_least_s: float) -> float:

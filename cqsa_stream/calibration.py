@@ -17,32 +17,20 @@ from typing import Any
 import platformdirs
 import torch
 
-from cqsa_stream.schedulers.rates import Rates, TileTimes
+from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
 from cqsa_stream.storage.atomic import make_directory, replace_file
 
 __all__ = ["Calibration", "load", "path_for", "trying"]
 
-_FORMAT = 1
-_RATES = ("read_bytes_per_s", "write_bytes_per_s", "stage_bytes_per_s", "touch_bytes_per_s")
-_SECONDS = ("file_s", "file_lost_s", "block_s", "read_cpu_s", "check_cpu_s", "expand_cpu_s")
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Times of kernel calls by compute dtype and head dim, and the other figures of ``Rates``."""
+    """Times of kernel calls by compute dtype and head dim, and what the machine takes besides."""
 
     tiles: dict[str, dict[int, TileTimes]]
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-    stage_bytes_per_s: float
-    touch_bytes_per_s: float
-    file_s: float
-    file_lost_s: float
-    block_s: float
-    read_cpu_s: float
-    check_cpu_s: float
-    expand_cpu_s: float
-    on_processor: bool
+    speeds: Speeds
 
     def rates(self, dtype: str, head_dim: int, value_dim: int) -> Rates | None:
         """Return the rates for a compute dtype and head dims, from the nearest measured; None for another dtype."""
@@ -50,9 +38,7 @@ class Calibration:
             return None
         measured = self.tiles[dtype]
         nearest = min(measured, key=lambda dim: abs(math.log(dim / max(head_dim, value_dim))))
-        tiles = measured[nearest].scaled((head_dim + value_dim) / (2 * nearest))
-        figures = {name: getattr(self, name) for name in (*_RATES, *_SECONDS)}
-        return Rates(tiles=tiles, on_processor=self.on_processor, **figures)
+        return Rates(measured[nearest].scaled((head_dim + value_dim) / (2 * nearest)), self.speeds)
 
     def __str__(self) -> str:
         lines = []
@@ -63,16 +49,17 @@ class Calibration:
                 for rows, seconds in zip(times.rows, times.seconds, strict=True):
                     rates = (4 * dim * rows * c / s / 1e9 for c, s in zip(times.columns, seconds, strict=True))
                     lines.append(f"{rows:>8,}" + "".join(f"{rate:>9,.0f}" for rate in rates))
+        speeds = self.speeds
         lines.append(
-            f"disk: {self.read_bytes_per_s / 1e9:.2f} GB/s read, {self.write_bytes_per_s / 1e9:.2f} GB/s written, "
-            f"{self.file_s * 1e3:.2f} ms for a durable file, delaying the kernels by {self.file_lost_s * 1e3:.2f} ms"
+            f"disk: {speeds.read_bytes_per_s / 1e9:.2f} GB/s read, {speeds.write_bytes_per_s / 1e9:.2f} GB/s written, "
+            f"{speeds.file_s * 1e3:.2f} ms for a durable file, delaying kernels by {speeds.file_lost_s * 1e3:.2f} ms"
         )
         lines.append(
-            f"processor: {self.read_cpu_s * 1e9:.2f} s/GB to read, {self.check_cpu_s * 1e9:.2f} with checksums, "
-            f"{self.expand_cpu_s * 1e9:.2f} compressed; {self.block_s * 1e3:.2f} ms to hand over a block"
+            f"processor: {speeds.read_cpu_s * 1e9:.2f} s/GB to read, {speeds.check_cpu_s * 1e9:.2f} with checksums, "
+            f"{speeds.expand_cpu_s * 1e9:.2f} compressed; {speeds.block_s * 1e3:.2f} ms to hand over a block"
         )
         lines.append(
-            f"memory: {self.stage_bytes_per_s / 1e9:.1f} GB/s to the kernel, {self.touch_bytes_per_s / 1e9:.1f} new"
+            f"memory: {speeds.stage_bytes_per_s / 1e9:.1f} GB/s to the kernel, {speeds.touch_bytes_per_s / 1e9:.1f} new"
         )
         return "\n".join(lines)
 
@@ -89,10 +76,9 @@ class Calibration:
             dtype: {int(dim): _tile_times(times) for dim, times in by_dim.items()}
             for dtype, by_dim in fields["tiles"].items()
         }
-        figures = {name: _positive(fields[name]) for name in (*_RATES, *_SECONDS)}
-        if type(fields["on_processor"]) is not bool or not all(tiles.values()):
-            raise ValueError("on_processor that is no truth value, or a dtype without times")
-        return cls(tiles=tiles, on_processor=fields["on_processor"], **figures)
+        if not all(tiles.values()):
+            raise ValueError("a dtype without times")
+        return cls(tiles, _speeds(fields["speeds"]))
 
     def save(self, device: torch.device) -> Path:
         """Keep this for the plans to come; return where."""
@@ -135,6 +121,13 @@ def _stored(device: torch.device) -> Calibration | None:
         return Calibration.from_json(path_for(device).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _speeds(fields: dict[str, Any]) -> Speeds:
+    on_processor = fields.pop("on_processor")
+    if type(on_processor) is not bool:
+        raise ValueError(f"on_processor {on_processor!r}; expected true or false")
+    return Speeds(on_processor=on_processor, **{name: _positive(figure) for name, figure in fields.items()})
 
 
 def _tile_times(fields: dict[str, Any]) -> TileTimes:

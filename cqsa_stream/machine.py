@@ -17,7 +17,7 @@ from cqsa_stream.kernels import kernel_for
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.memory import Tile
 from cqsa_stream.schedulers.planner import Machine
-from cqsa_stream.schedulers.rates import Rates, TileTimes
+from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
 
 __all__ = [
     "FREE_SHARE",
@@ -78,9 +78,7 @@ def describe(
     calibration = load(device)
     known = calibration.rates(dtype, problem.head_dim, problem.value_dim) if calibration else None
     nominal = nominal_rates(device, dtype, width)
-    measured = known or replace(
-        nominal, tiles=TileTimes.nominal(_measured_flops(str(device), problem.dtype, *_dims(problem)), width, 1e-4)
-    )
+    measured = known or _tried(nominal, device, problem)
     free = free_host_bytes()
     shapes = _SHAPES["cpu" if device.type == "cpu" else "plain" if dtype == "float32" else "cuda"]
     machine = Machine(
@@ -125,13 +123,18 @@ _SHAPES = {
 }
 
 
+_NOMINAL = Speeds(
+    read_bytes_per_s=1e9, write_bytes_per_s=5e8, stage_bytes_per_s=4e9, touch_bytes_per_s=2e9, file_s=2e-3,
+    file_lost_s=1e-3, block_s=1e-4, read_cpu_s=2e-10, check_cpu_s=1e-9, expand_cpu_s=4e-9, on_processor=True,
+)  # fmt: skip
+
+
 def nominal_rates(device: torch.device, dtype: str, width: int) -> Rates:
     """Return rates for a machine that was not measured."""
     if device.type == "cpu":
-        tiles = TileTimes.nominal(5e10 * torch.get_num_threads(), width, 1e-4)
-        return Rates(tiles, 1e9, 5e8, 4e9, 2e9, 0.002, 1e-3, 1e-4, 2e-10, 1e-9, 4e-9, True)
-    tiles = TileTimes.nominal(3e13 if dtype == "float32" else 4e14, width, 1e-4)
-    return Rates(tiles, 1e9, 5e8, 2e10, 2e9, 0.002, 1e-9, 1e-4, 2e-10, 1e-9, 4e-9, False)
+        return Rates(TileTimes.nominal(5e10 * torch.get_num_threads(), width, 1e-4), _NOMINAL)
+    beside = replace(_NOMINAL, stage_bytes_per_s=2e10, file_lost_s=1e-9, on_processor=False)
+    return Rates(TileTimes.nominal(3e13 if dtype == "float32" else 4e14, width, 1e-4), beside)
 
 
 def free_budgets(device: torch.device) -> tuple[int | None, int]:
@@ -179,8 +182,10 @@ def _free_disk_bytes(path: Path) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def _dims(problem: Problem) -> tuple[int, int]:
-    return problem.head_dim, problem.value_dim
+def _tried(rates: Rates, device: torch.device, problem: Problem) -> Rates:
+    """Return the rates with the kernel's times as a quick trial finds them."""
+    flops = _measured_flops(str(device), problem.dtype, problem.head_dim, problem.value_dim)
+    return replace(rates, tiles=TileTimes.nominal(flops, problem.head_dim + problem.value_dim, 1e-4))
 
 
 @cache

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.masks import Mask
 from cqsa_stream.schedulers.memory import FILE_HEADER_BYTES, Layout, Workload, partial_file_bytes
-from cqsa_stream.schedulers.rates import Rates, TileTimes
+from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
 from cqsa_stream.schedulers.schedules import Schedule
 from cqsa_stream.schedulers.traffic import Traffic
 
@@ -52,43 +52,28 @@ def cost(
 
     ``cold_bytes`` come from the disk, the rest of what is fetched from the system's page cache.
     """
-    grid = schedule.grid
-    staged = (traffic.query_tokens * work.group * work.head_dim) * work.compute_itemsize
-    if work.compute_itemsize != work.stored_itemsize or not rates.on_processor:
-        staged += traffic.key_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize
-    reader = (traffic.fetched_bytes - traffic.checked_bytes - traffic.compressed_bytes) * rates.read_cpu_s
-    reader += traffic.checked_bytes * rates.check_cpu_s + traffic.compressed_bytes * rates.expand_cpu_s
-    spilling = traffic.spills * rates.file_s + traffic.spilled_bytes / rates.write_bytes_per_s
-    spilling += traffic.restored_bytes * max(rates.read_cpu_s, 1 / rates.read_bytes_per_s)
-    spilling += traffic.parked_bytes / rates.stage_bytes_per_s
-    staging = staged / rates.stage_bytes_per_s
-    reader += touched_bytes / rates.touch_bytes_per_s
-    compute = kernel + traffic.blocks * rates.block_s + spilling
-    compute += staging + reader if rates.on_processor else 0.0
-    read = max(reader, cold_bytes / rates.read_bytes_per_s + (traffic.fetched_bytes - cold_bytes) * rates.read_cpu_s)
+    grid, speeds = schedule.grid, rates.speeds
+    staging = _staged_bytes(work, traffic, speeds) / speeds.stage_bytes_per_s
+    reader = _reader_s(traffic, speeds) + touched_bytes / speeds.touch_bytes_per_s
     files, data = _finishing(work, grid, layout) if work.durable else (0, 0)
-    finish = files * rates.file_s + data / rates.write_bytes_per_s
-    finished = grid.rows.filled * work.lanes
+    finished, finish = grid.rows.filled * work.lanes, files * speeds.file_s + data / speeds.write_bytes_per_s
+    compute = kernel + traffic.blocks * speeds.block_s + _spilling_s(traffic, speeds)
+    compute += staging + reader if speeds.on_processor else 0.0
+    compute += finished * files * speeds.file_lost_s
+    warm_bytes = traffic.fetched_bytes - cold_bytes
+    read = max(reader, cold_bytes / speeds.read_bytes_per_s + warm_bytes * speeds.read_cpu_s)
     write = finished * finish
-    compute += finished * files * rates.file_lost_s
-    fill = layout.slot_bytes * 2 / rates.read_bytes_per_s
+    fill = layout.slot_bytes * 2 / speeds.read_bytes_per_s
     drain = finish * min(_rows_ending_together(schedule), grid.rows.filled)
     waiting = _waits(schedule, layout) * finish * work.lanes
     seconds = fill + max(compute + waiting, staging, read, write) + drain
-    held = min(layout.resident_rows, grid.rows.filled) + layout.parked_rows
-    between = checkpoint_every_s * len(schedule) * work.lanes / seconds  # tasks from one checkpoint to the next
-    changed = min(held, round((1 + between) * schedule.rows_per_task))
-    safe_points = traffic.key_tokens // min(grid.columns.chunk_tokens, grid.columns.tokens)
-    checkpoints = min(int(seconds / checkpoint_every_s), safe_points) if checkpoint_every_s else safe_points
-    checkpoints *= work.durable
-    each = changed * partial_file_bytes(work, grid.rows.chunk_tokens, grid.columns.chunks)
-    seconds += checkpoints * (changed * rates.file_s + each / rates.write_bytes_per_s)
+    checkpoints, partials, each = _checkpoints(work, schedule, layout, traffic, checkpoint_every_s, seconds)
     return Cost(
         bytes_read=traffic.bytes_read,
         bytes_written=traffic.bytes_written + checkpoints * each,
         spills=traffic.spills,
         checkpoints=checkpoints,
-        seconds=seconds,
+        seconds=seconds + checkpoints * (partials * speeds.file_s + each / speeds.write_bytes_per_s),
         kernel_s=kernel,
         compute_s=compute,
         read_s=read,
@@ -96,6 +81,41 @@ def cost(
         blocks=traffic.blocks,
         files=finished * files,
     )
+
+
+def _staged_bytes(work: Workload, traffic: Traffic, speeds: Speeds) -> int:
+    """Bytes that are copied to where the kernel reads; on the CPU it reads keys of its own dtype where they stand."""
+    staged = traffic.query_tokens * work.group * work.head_dim
+    if work.compute_itemsize != work.stored_itemsize or not speeds.on_processor:
+        staged += traffic.key_tokens * (work.head_dim + work.value_dim)
+    return staged * work.compute_itemsize
+
+
+def _reader_s(traffic: Traffic, speeds: Speeds) -> float:
+    plain = traffic.fetched_bytes - traffic.checked_bytes - traffic.compressed_bytes
+    coded = traffic.checked_bytes * speeds.check_cpu_s + traffic.compressed_bytes * speeds.expand_cpu_s
+    return plain * speeds.read_cpu_s + coded
+
+
+def _spilling_s(traffic: Traffic, speeds: Speeds) -> float:
+    """Seconds in which the kernels wait for partials to leave and to come back."""
+    leaving = traffic.spills * speeds.file_s + traffic.spilled_bytes / speeds.write_bytes_per_s
+    coming = traffic.restored_bytes * max(speeds.read_cpu_s, 1 / speeds.read_bytes_per_s)
+    return leaving + coming + traffic.parked_bytes / speeds.stage_bytes_per_s
+
+
+def _checkpoints(
+    work: Workload, schedule: Schedule, layout: Layout, traffic: Traffic, every_s: float, seconds: float
+) -> tuple[int, int, int]:
+    """Return how many checkpoints fall due in a run of so many seconds, and the partials and bytes of each."""
+    grid = schedule.grid
+    held = min(layout.resident_rows, grid.rows.filled) + layout.parked_rows
+    between = every_s * len(schedule) * work.lanes / seconds  # tasks from one checkpoint to the next
+    changed = min(held, round((1 + between) * schedule.rows_per_task))
+    safe_points = traffic.key_tokens // min(grid.columns.chunk_tokens, grid.columns.tokens)
+    due = min(int(seconds / every_s), safe_points) if every_s else safe_points
+    each = changed * partial_file_bytes(work, grid.rows.chunk_tokens, grid.columns.chunks)
+    return due * work.durable, changed, each
 
 
 def _finishing(work: Workload, grid: Grid, layout: Layout) -> tuple[int, int]:

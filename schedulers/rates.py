@@ -4,7 +4,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from math import exp, log
 
-__all__ = ["Rates", "TileTimes"]
+__all__ = ["Rates", "Speeds", "TileTimes"]
 
 _ROW_BLOCKS = ((768, 256), (192, 64), (0, 32))  # (rows from which on, rows of a block)
 
@@ -76,9 +76,9 @@ def _place(sizes: tuple[int, ...], size: int) -> tuple[int, float]:
 
 
 @dataclass(frozen=True)
-class Rates:
-    """``tiles``: the kernel's times. Bytes per second: ``read`` from disk, ``write`` durably, ``stage`` from host
-    buffers to where the kernel reads, ``touch`` of memory used for the first time.
+class Speeds:
+    """What a machine takes besides its kernels. Bytes per second: ``read`` from disk, ``write`` durably, ``stage`` from
+    host buffers to where the kernel reads, ``touch`` of memory used for the first time.
 
     ``file_s``: seconds for a small durable file, ``file_lost_s``: by which it delays the kernels that run meanwhile;
     ``block_s``: for handing a block from thread to thread.
@@ -87,7 +87,6 @@ class Rates:
     long as it takes, since the threads of a kernel wait for the slowest of them.
     """
 
-    tiles: TileTimes
     read_bytes_per_s: float
     write_bytes_per_s: float
     stage_bytes_per_s: float
@@ -99,3 +98,11 @@ class Rates:
     check_cpu_s: float
     expand_cpu_s: float
     on_processor: bool
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a machine is at one problem: its kernel's times, for the problem's dtype and head dims, and the rest."""
+
+    tiles: TileTimes
+    speeds: Speeds

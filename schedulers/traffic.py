@@ -217,18 +217,18 @@ class _Count:
 
     def traffic(self) -> Traffic:
         return Traffic(
-            sum(self._fetched.values()),
-            self._fetched["checked"],
-            self._fetched["compressed"],
-            self._tokens["query"],
-            self._tokens["key"],
-            self._blocks,
-            self._spills,
-            self._restores,
-            self._spilled,
-            self._restored,
-            self._parking,
-            0,
+            fetched_bytes=sum(self._fetched.values()),
+            checked_bytes=self._fetched["checked"],
+            compressed_bytes=self._fetched["compressed"],
+            query_tokens=self._tokens["query"],
+            key_tokens=self._tokens["key"],
+            blocks=self._blocks,
+            spills=self._spills,
+            restores=self._restores,
+            spilled_bytes=self._spilled,
+            restored_bytes=self._restored,
+            parked_bytes=self._parking,
+            finished_bytes=0,
         )
 
     def _file_bytes(self, row: int) -> int:
@@ -258,21 +258,21 @@ def estimated(
         work,
         grid,
         Traffic(
-            round(sum(fetched.values())),
-            round(fetched["checked"]),
-            round(fetched["compressed"]),
-            round(visits * min(grid.rows.chunk_tokens, grid.rows.tokens)),
-            round(sum(times_column) * min(grid.columns.chunk_tokens, grid.columns.tokens)),
-            round(
+            fetched_bytes=round(sum(fetched.values())),
+            checked_bytes=round(fetched["checked"]),
+            compressed_bytes=round(fetched["compressed"]),
+            query_tokens=round(visits * min(grid.rows.chunk_tokens, grid.rows.tokens)),
+            key_tokens=round(sum(times_column) * min(grid.columns.chunk_tokens, grid.columns.tokens)),
+            blocks=round(
                 visits * -(-grid.rows.chunk_tokens // layout.query_tokens)
                 + 2 * sum(times_column) * -(-grid.columns.chunk_tokens // layout.block_tokens)
             ),
-            spills,
-            spills,
-            spills * one,
-            spills * one,
-            round(max(0.0, parked) * partial_bytes(work, grid.rows.chunk_tokens)),
-            0,
+            spills=spills,
+            restores=spills,
+            spilled_bytes=spills * one,
+            restored_bytes=spills * one,
+            parked_bytes=round(max(0.0, parked) * partial_bytes(work, grid.rows.chunk_tokens)),
+            finished_bytes=0,
         ),
         arrays[0].lanes,
     )

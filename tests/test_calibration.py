@@ -11,15 +11,17 @@ import torch
 from cqsa_stream import bench, calibration, machine
 from cqsa_stream.calibration import Calibration, load, path_for, trying
 from cqsa_stream.problem import Problem
-from cqsa_stream.schedulers.rates import TileTimes
+from cqsa_stream.schedulers.rates import Speeds, TileTimes
 from tests.conftest import Cli
 
 CPU = torch.device("cpu")
 TIMES = TileTimes((128, 1024), (128, 1024), ((1e-4, 5e-4), (6e-4, 4e-3)), 1.0, 0.6, 2)
 FOUND = Calibration(
-    tiles={"float32": {64: TIMES, 128: TIMES.scaled(2)}}, read_bytes_per_s=1e9, write_bytes_per_s=4e8,
-    stage_bytes_per_s=3e10, touch_bytes_per_s=5e9, file_s=1e-3, file_lost_s=5e-4, block_s=1e-4, read_cpu_s=1e-10,
-    check_cpu_s=1e-9, expand_cpu_s=3e-9, on_processor=True,
+    {"float32": {64: TIMES, 128: TIMES.scaled(2)}},
+    Speeds(
+        read_bytes_per_s=1e9, write_bytes_per_s=4e8, stage_bytes_per_s=3e10, touch_bytes_per_s=5e9, file_s=1e-3,
+        file_lost_s=5e-4, block_s=1e-4, read_cpu_s=1e-10, check_cpu_s=1e-9, expand_cpu_s=3e-9, on_processor=True,
+    ),
 )  # fmt: skip
 
 
@@ -58,7 +60,8 @@ def test_head_dims_in_between_take_the_nearest_times() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2}, {"file_s": 0}, {"file_s": -1.0}, {"file_s": "1"}, {"file_s": None}, {"read_cpu_s": True},
+        {"format": 1}, {"speeds": 3}, {"file_s": 0}, {"file_s": -1.0}, {"file_s": "1"}, {"file_s": None},
+        {"read_cpu_s": True},
         {"tiles": {}}, {"tiles": {"float32": {}}}, {"tiles": {"float32": {"64": 1}}}, {"tiles": 3},
         {"on_processor": 1}, {"block_s": float("inf")},
     ],
@@ -66,7 +69,10 @@ def test_head_dims_in_between_take_the_nearest_times() -> None:
 @pytest.mark.usefixtures("cache")
 def test_nonsense_counts_as_not_measured(change: dict[str, object]) -> None:
     path = FOUND.save(CPU)
-    path.write_text(json.dumps({**json.loads(path.read_bytes()), **change}))
+    fields = json.loads(path.read_bytes())
+    place = fields if change.keys() <= fields.keys() else fields["speeds"]
+    place.update(change)
+    path.write_text(json.dumps(fields))
     calibration._stored.cache_clear()
     empty = change.get("tiles") == {}
     assert load(CPU) is None or (empty and load(CPU).rates("float32", 64, 64) is None)  # type: ignore[union-attr]
@@ -110,9 +116,9 @@ def test_bench_measures_and_keeps(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
     assert done.returncode == 0, done.stderr
     kept = Calibration.from_json(done.stdout.encode())
     assert load(CPU) == kept
-    assert 1e6 < kept.read_bytes_per_s < 1e12
+    assert 1e6 < kept.speeds.read_bytes_per_s < 1e12
     assert kept.tiles["float32"][64].tile_s(1024, 1024) > kept.tiles["float32"][64].tile_s(128, 128)
-    assert kept.expand_cpu_s > kept.read_cpu_s
+    assert kept.speeds.expand_cpu_s > kept.speeds.read_cpu_s
     assert bench.speed(CPU, kept) > 0
 
 

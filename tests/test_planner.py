@@ -11,13 +11,17 @@ from cqsa_stream.schedulers.grid import Axis, Grid
 from cqsa_stream.schedulers.masks import mask_of
 from cqsa_stream.schedulers.memory import Layout, Tile, Workload, footprint, partial_bytes, partial_file_bytes
 from cqsa_stream.schedulers.planner import Machine, Request, make_plan, make_schedule
-from cqsa_stream.schedulers.rates import Rates, TileTimes
+from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
 from cqsa_stream.schedulers.schedules import Cqs, Rectangular
 from cqsa_stream.schedulers.traffic import Stored, Traffic, counted, estimated
 
 MIB = 2**20
 TILES = TileTimes.nominal(1e11, 128, 1e-4)
-RATES = Rates(TILES, 1e9, 5e8, 4e9, 4e9, 0.002, 1e-3, 1e-4, 2e-10, 1e-9, 4e-9, True)
+SPEEDS = Speeds(
+    read_bytes_per_s=1e9, write_bytes_per_s=5e8, stage_bytes_per_s=4e9, touch_bytes_per_s=4e9, file_s=2e-3,
+    file_lost_s=1e-3, block_s=1e-4, read_cpu_s=2e-10, check_cpu_s=1e-9, expand_cpu_s=4e-9, on_processor=True,
+)  # fmt: skip
+RATES = Rates(TILES, SPEEDS)
 MACHINE = Machine(
     device="cpu", device_allowed_bytes=None, host_allowed_bytes=256 * MIB, device_reserved_bytes=0,
     host_reserved_bytes=20 * MIB, rates=RATES, measured=RATES, tile=Tile(16_384, 4_096, 1_024), block_tokens=8_192,
@@ -189,8 +193,8 @@ def test_a_run_takes_as_long_as_the_slowest_of_what_overlaps() -> None:
     schedule = make_schedule("rectangular", grid, layout)
     traffic = counted(wanted.work, schedule, layout, wanted.arrays, 0)
 
-    def seconds(kernel: float, **rates: float) -> float:
-        told = dataclasses.replace(RATES, **rates)  # type: ignore[arg-type]
+    def seconds(kernel: float, **speeds: float) -> float:
+        told = Rates(TILES, dataclasses.replace(SPEEDS, **speeds))  # type: ignore[arg-type]
         found = cost(wanted.work, schedule, layout, traffic, kernel, told, 60.0, traffic.fetched_bytes, 0)
         return found.seconds
 
@@ -198,7 +202,7 @@ def test_a_run_takes_as_long_as_the_slowest_of_what_overlaps() -> None:
     slow_disk = traffic.fetched_bytes / 1e6
     assert seconds(10.0, read_bytes_per_s=1e6) == pytest.approx(slow_disk, rel=0.1), "the kernel hides behind the disk"
     assert seconds(10.0, file_s=1.0) == pytest.approx(2 * 7 * 3 + 3, rel=0.02), "three files for each finished row"
-    assert seconds(100.0) > 100.0 + RATES.file_s, "a checkpoint after 60 s"
+    assert seconds(100.0) > 100.0 + SPEEDS.file_s, "a checkpoint after 60 s"
 
 
 def test_bytes_of_a_full_rectangular_plan() -> None:
@@ -302,7 +306,7 @@ def test_a_run_that_has_begun_finds_its_layout_again(
     tokens: int, causal: bool, group: int, mib: int, schedule: str, slow_disk: bool
 ) -> None:
     wanted = dataclasses.replace(request(tokens, causal=causal, group=group), schedule=schedule)
-    rates = dataclasses.replace(RATES, read_bytes_per_s=1e7) if slow_disk else RATES
+    rates = Rates(TILES, dataclasses.replace(SPEEDS, read_bytes_per_s=1e7)) if slow_disk else RATES
     machine = dataclasses.replace(allowed(mib * MIB), rates=rates, measured=rates)
     first = make_plan(wanted, machine)
     begun = dataclasses.replace(wanted, grid=first.grid, out_tokens=first.layout.out_tokens)
