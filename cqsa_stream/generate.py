@@ -12,7 +12,7 @@ from cqsa_stream.errors import InputError
 from cqsa_stream.problem import DTYPES
 from cqsa_stream.storage.atomic import make_directory
 from cqsa_stream.storage.output import create_array, write
-from cqsa_stream.storage.raw import numpy_dtype
+from cqsa_stream.storage.dtypes import numpy_dtype
 
 __all__ = ["generate"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cqsa_stream.schedulers.memory import Layout
 from cqsa_stream.schedulers.residency import Residency
 from cqsa_stream.storage.arrays import TokenArray
-from cqsa_stream.storage.raw import numpy_dtype
+from cqsa_stream.storage.dtypes import numpy_dtype
 
 __all__ = ["Loaded", "Prefetcher", "Read"]
 

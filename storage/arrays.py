@@ -8,17 +8,23 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from cqsa_stream.storage.errors import ArrayError
+from cqsa_stream.storage.locations import is_url, kvstore
 
 __all__ = ["TokenArray", "open_array"]
+
+_ZARR = ("zarr.json", ".zarray", ".zgroup")
 
 
 class TokenArray(Protocol):
     """An array ``[batch, head, token, feature]`` that is read piece by piece.
 
     ``source`` is a path or URL, or ``"memory"``; ``stored_chunk`` the shape of what is stored, and hence fetched, whole
-    (``(1, 1, 1, feature)`` where any range can be read), ``encoding`` what a reader has to do with it;
-    ``staging_bytes`` the memory that a read holds besides the caller's buffer; ``bytes_read`` what was fetched so far.
+    (``(1, 1, 1, feature)`` where any range can be read), ``encoding`` what a reader has to do with it. A read fetches
+    ``in_flight`` pieces at a time, for the caller to set, each of which holds up to ``staging_bytes`` besides the
+    caller's buffer. ``bytes_read``: what was fetched so far.
     """
+
+    in_flight: int
 
     @property
     def source(self) -> str: ...
@@ -35,6 +41,9 @@ class TokenArray(Protocol):
     @property
     def bytes_read(self) -> int: ...
 
+    def lead(self, batch: int, heads: range, tokens: range) -> int:
+        """Return how many bytes behind a page's start a buffer for these rows should begin to be filled fastest."""
+
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
         """Fill ``buffer [head, token, feature]``, of the array's dtype. Raises ArrayError where data is missing."""
 
@@ -48,9 +57,9 @@ def open_array(source: Any, *, fill_missing: bool = False) -> TokenArray:
     ``fill_missing`` reads stored chunks that are missing as the array's fill value instead of refusing them.
     """
     if isinstance(source, str | Path):
-        return _open_path(str(source), fill_missing)
+        return _open_named(str(source), fill_missing)
     if isinstance(source, np.ndarray):
-        return _in_memory(source)
+        return _open_numpy(source)
     kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
     if kind.startswith("torch."):
         from cqsa_stream.storage.memory import MemoryArray
@@ -68,39 +77,76 @@ def open_array(source: Any, *, fill_missing: bool = False) -> TokenArray:
     )
 
 
-def _in_memory(values: np.ndarray) -> TokenArray:
+def _open_numpy(values: np.ndarray) -> TokenArray:
     from cqsa_stream.storage.memory import MemoryArray
+    from cqsa_stream.storage.raw import RawArray
 
-    return MemoryArray(values)
+    file = RawArray.of_memmap(values) if isinstance(values, np.memmap) else None
+    return file or MemoryArray(values)
 
 
 def _open_zarr_array(array: Any, fill_missing: bool) -> TokenArray:
     root = getattr(array.store, "root", None)
     if isinstance(root, Path):
-        return _open_path(str(root / array.path), fill_missing)
-    return _in_memory(np.asarray(array[...]))
+        return _open_path(root / array.path, fill_missing)
+    from cqsa_stream.storage.zarr_array import ZarrArray
+
+    return ZarrArray(array, fill_missing)
 
 
-def _open_path(source: str, fill_missing: bool) -> TokenArray:
+def _open_named(source: str, fill_missing: bool) -> TokenArray:
+    """Open a path, a URL, or ``file#part``: a tensor of a .safetensors file, a plain file's dtype and shape."""
     from cqsa_stream.storage.raw import RawArray
     from cqsa_stream.storage.tensorstore_array import TensorStoreArray
 
-    if "://" in source and not source.startswith("file://"):
-        return TensorStoreArray.open(source, fill_missing)
+    if is_url(source) and not source.startswith("file://"):
+        return TensorStoreArray.open(source, kvstore(source), fill_missing)
     path = Path(source.removeprefix("file://")).absolute()
-    if not path.exists():
-        raise ArrayError(f"{path}: no such file or directory")
+    if _exists(path):
+        return _open_path(path, fill_missing)
+    if source.startswith("file://") and "|" in source:
+        return TensorStoreArray.open(source, kvstore(source), fill_missing)
+    file, sign, part = str(path).rpartition("#")
+    if sign and _exists(Path(file)) and Path(file).is_file():
+        if Path(file).suffix == ".safetensors":
+            return RawArray.of_safetensors(Path(file), part)
+        return RawArray.of_file(Path(file), part)
+    raise ArrayError(f"{path}: no such file or directory")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise ArrayError(f"{path}: {error.strerror}") from error
+
+
+def _open_path(path: Path, fill_missing: bool) -> TokenArray:
+    from cqsa_stream.storage.raw import RawArray
+    from cqsa_stream.storage.tensorstore_array import TensorStoreArray
+    from cqsa_stream.storage.zarr_files import raw_zarr
+
     if path.is_file():
-        if path.suffix != ".npy":
-            raise ArrayError(
-                f"{path}: a file that is no .npy; expected a Zarr v2 or v3 array (a directory) or a .npy file"
-            )
-        return RawArray.of_npy(path)
-    metadata = _zarr_metadata(path)
-    raw = None if fill_missing else RawArray.of_zarr(path, metadata)
-    if raw is not None and not raw.trailer:
-        return raw
-    return TensorStoreArray.open(str(path), fill_missing, raw)  # it checks the crc32c of what it reads
+        if path.suffix == ".npy":
+            return RawArray.of_npy(path)
+        if path.suffix == ".safetensors":
+            return RawArray.of_safetensors(path, "")
+        if path.suffix == ".zip":
+            base = {"driver": "file", "path": str(path)}
+            return TensorStoreArray.open(str(path), {"driver": "zip", "base": base, "path": ""}, fill_missing)
+        raise ArrayError(
+            f"{path}: a file that is no .npy, .safetensors or .zip; expected one of them, a Zarr array (a directory), "
+            f"or a plain file of numbers named with its dtype and shape, as {path.name}#bfloat16:1,8,4096,64"
+        )
+    files = {"driver": "file", "path": f"{path}/"}
+    try:
+        if not any((path / name).is_file() for name in _ZARR) and (path / "attributes.json").is_file():  # N5
+            return TensorStoreArray.open(str(path), files, fill_missing)
+        metadata = _zarr_metadata(path)
+    except OSError as error:
+        raise ArrayError(f"{path}: {error.strerror}") from error
+    raw = None if fill_missing else raw_zarr(path, metadata)
+    return raw or TensorStoreArray.open(str(path), files, fill_missing)
 
 
 def _zarr_metadata(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import random
 import numpy as np
 
 from cqsa_stream.storage.arrays import TokenArray
-from cqsa_stream.storage.raw import numpy_dtype
+from cqsa_stream.storage.dtypes import numpy_dtype
 
 __all__ = ["fingerprint"]
 

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 import ml_dtypes
 import numpy as np
 
+from cqsa_stream.storage.dtypes import FLOATS, numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 
 __all__ = ["MemoryArray"]
@@ -15,6 +16,7 @@ class MemoryArray:
 
     source = "memory"
     staging_bytes = 0
+    in_flight = 1
     encoding: ClassVar[Literal["raw"]] = "raw"
 
     def __init__(self, values: np.ndarray) -> None:
@@ -28,15 +30,19 @@ class MemoryArray:
 
     @classmethod
     def of_tensor(cls, tensor: Any) -> "MemoryArray":
-        """Take a torch tensor, without a copy where it is on the CPU; bfloat16 becomes ml_dtypes' type of that name."""
+        """Take a torch tensor, without a copy where it is on the CPU; bfloat16 and float8 become ml_dtypes' types of that name."""
         import torch
 
         if tensor.layout != torch.strided:
             raise ArrayError(f"a tensor of layout {tensor.layout}; expected a dense (strided) one")
-        host = tensor.detach().cpu()
-        if host.dtype == torch.bfloat16:
-            return cls(host.view(torch.uint16).numpy().view(ml_dtypes.bfloat16))
+        host, name = tensor.detach().cpu(), str(tensor.dtype).removeprefix("torch.")
+        if hasattr(ml_dtypes, name) and name in FLOATS:
+            plain = {1: torch.uint8, 2: torch.uint16}[host.itemsize]
+            return cls(host.view(plain).numpy().view(numpy_dtype(name)))
         return cls(host.numpy())
+
+    def lead(self, batch: int, heads: range, tokens: range) -> int:
+        return 0
 
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
         np.copyto(buffer, self.values[batch, heads.start : heads.stop, tokens.start : tokens.stop])

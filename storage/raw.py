@@ -1,57 +1,113 @@
-"""Arrays stored as plain files of numbers: .npy, and Zarr v2 and v3 without compression.
+"""Arrays whose numbers lie in files as they are: .npy, safetensors, plain files, and Zarr without compression.
 
-Any range of tokens is read straight into the caller's buffer, with ``preadv``: no other copy, nothing mapped (a mapped
-file that shrinks kills the process, and its pages count as resident memory).
+Such an array is a grid of *units*: C-ordered blocks of numbers, each in one run of bytes. A unit is a file behind its
+header (``WholeFiles``) or an inner chunk of a shard (``zarr_files.Shards``). Any range of a unit can be read straight
+into the caller's buffer; a unit that carries a checksum is read and checked whole, the rest of it going nowhere.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-import ml_dtypes
 import numpy as np
 
+from cqsa_stream.storage.checksum import appended
+from cqsa_stream.storage.dtypes import FLOATS, numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
+from cqsa_stream.storage.ranges import BOUNCE_BYTES, PAGE, PIECE_BYTES, Piece, StoredFile, read_pieces
 
-__all__ = ["CURES", "RawArray", "numpy_dtype"]
+__all__ = ["CACHED_BYTES", "CURES", "RawArray", "UnitFiles", "WholeFiles"]
 
-_ZARR_DTYPES = {"<f4": "float32", "<f2": "float16", "bfloat16": "bfloat16"}
+CACHED_BYTES = 8 << 20  # arrays up to this size are read through the page cache: they cannot fill it
+_CHECKSUM_BYTES = 4
+_LEAST_PIECE_BYTES = 512 << 10
+_MOST_HEADER_BYTES = 100 << 20
+_SAFETENSORS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
 CURES = (
     "writers may leave out chunks that hold only the fill value: write them with write_empty_chunks=True "
     "(zarr-python), or read them as the fill value with --fill-missing"
 )
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return the numpy dtype of a name, bfloat16 included."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+class UnitFiles(Protocol):
+    """Where units are: of a shape ``unit``, the number of axes that of the array."""
+
+    unit: tuple[int, ...]
+
+    def locate(self, cell: tuple[int, ...]) -> tuple[StoredFile, int]:
+        """Return the file of the unit at a place in the grid of units, and the position of its first byte there."""
+
+    def check(self, cells: Iterator[tuple[int, ...]]) -> None:
+        """Raise ArrayError where one of these units is missing or short."""
+
+
+@dataclass(frozen=True)
+class WholeFiles:
+    """A file for each unit, named by ``pattern``, its numbers behind ``offset`` bytes of header."""
+
+    unit: tuple[int, ...]
+    pattern: str
+    size: int
+    offset: int = 0
+    open_ended: bool = False
+    cached: bool = False
+
+    @classmethod
+    def one(cls, path: Path, shape: tuple[int, ...], dtype: str, offset: int) -> "WholeFiles":
+        """One file with the whole array, and perhaps others, in it."""
+        length = math.prod(shape) * numpy_dtype(dtype).itemsize
+        pattern = str(path).replace("{", "{{").replace("}", "}}")
+        return cls(shape, pattern, offset + length, offset, open_ended=True, cached=length <= CACHED_BYTES)
+
+    def locate(self, cell: tuple[int, ...]) -> tuple[StoredFile, int]:
+        return StoredFile(self.pattern.format(*cell), self.size, self.open_ended, self.cached), self.offset
+
+    def check(self, cells: Iterator[tuple[int, ...]]) -> None:
+        for path in (self.pattern.format(*cell) for cell in cells):
+            try:
+                found = os.stat(path).st_size  # noqa: PTH116 - a Path for each of a million chunks would take seconds
+            except FileNotFoundError as error:
+                raise ArrayError(f"{path}: a stored chunk is missing; {CURES}") from error
+            except OSError as error:
+                raise ArrayError(f"{path}: {error.strerror}") from error
+            StoredFile(path, self.size, self.open_ended).refuse_size(found)
+
+
+class _Wanted(NamedTuple):
+    """Some bytes of a unit and where they go."""
+
+    start: int
+    place: np.ndarray
 
 
 @dataclass
 class RawArray:
-    """A grid of C-ordered files of ``file_shape``; ``pattern`` names them.
-
-    Each has ``offset`` bytes of header and ``trailer`` bytes of checksum around its numbers.
-    """
+    """A grid of units of whole rows. ``checked``: a CRC-32C stands behind each."""
 
     source: str
     shape: tuple[int, ...]
     dtype: str
-    file_shape: tuple[int, ...]
-    pattern: str
-    offset: int = 0
-    trailer: int = 0
+    files: UnitFiles
+    checked: bool = False
+    in_flight: int = 4
     bytes_read: int = field(default=0, compare=False)
-    staging_bytes = 0
-    encoding: ClassVar[Literal["raw"]] = "raw"
+    staging_bytes: ClassVar[int] = BOUNCE_BYTES + 6 * PAGE
 
     @property
     def stored_chunk(self) -> tuple[int, ...]:
-        return (1, 1, 1, self.shape[-1] if self.shape else 1)
+        return self.files.unit if self.checked else (1, 1, 1, self.shape[-1] if self.shape else 1)
+
+    @property
+    def encoding(self) -> Literal["raw", "checked"]:
+        return "checked" if self.checked else "raw"
 
     @classmethod
     def of_npy(cls, path: Path) -> "RawArray":
@@ -68,70 +124,161 @@ class RawArray:
             raise ArrayError(f"{path}: Fortran order or foreign byte order; expected C order, little-endian")
         if dtype.kind == "V":
             raise ArrayError(f"{path}: dtype {dtype.str}; .npy has no name for bfloat16: store it as Zarr v3")
-        return cls(str(path), shape, dtype.name, shape, str(path).replace("{", "{{").replace("}", "}}"), offset)
+        if dtype.name not in FLOATS:
+            raise ArrayError(f"{path}: dtype {dtype.name}; expected one of {', '.join(FLOATS)}")
+        return cls(str(path), shape, dtype.name, WholeFiles.one(path, shape, dtype.name, offset))
 
     @classmethod
-    def of_zarr(cls, path: Path, metadata: dict[str, Any]) -> "RawArray | None":
-        """Return the array where its chunks are plain files, perhaps with a crc32c, of whole rows; else None."""
+    def of_safetensors(cls, path: Path, key: str) -> "RawArray":
+        """Open one tensor of a .safetensors file. Raises ArrayError, naming the tensors that there are."""
         try:
-            described = _describe_v3(metadata) if metadata.get("zarr_format") == 3 else _describe_v2(metadata)
-            dtype, chunks, encoding, separator, trailer = described or ("", [], "", "", 0)
-            shape = tuple(metadata["shape"])
-        except (KeyError, TypeError, AttributeError, ValueError):
-            return None  # TensorStore will say what is wrong with it
-        if dtype not in _ZARR_DTYPES or len(chunks) != 4 or len(shape) != 4 or chunks[3] != shape[3]:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > min(_MOST_HEADER_BYTES, path.stat().st_size - 8):
+                    raise ValueError(f"a header of {length} bytes, longer than the file or than it may be")
+                header = json.loads(file.read(length))
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            if key not in tensors:
+                found = ", ".join(sorted(tensors)[:8])
+                raise ArrayError(f"{path}#{key}: no tensor of this name; name one of its {len(tensors)}: {found}")
+            entry = tensors[key]
+            shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+            dtype = _SAFETENSORS.get(entry["dtype"])
+            if dtype is None:
+                raise ArrayError(f"{path}#{key}: dtype {entry['dtype']}; expected one of {', '.join(_SAFETENSORS)}")
+            lengths = (*shape, start, stop)
+            if not all(type(n) is int and n >= 0 for n in lengths) or any(n > 2**62 for n in lengths):
+                raise ValueError(f"shape {shape}, data_offsets {start}, {stop}")
+            if stop - start != math.prod(shape) * numpy_dtype(dtype).itemsize:
+                raise ValueError(f"{stop - start} bytes for shape {shape} of {dtype}")
+        except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
+            if isinstance(error, ArrayError):
+                raise
+            raise ArrayError(f"{path}: not a readable .safetensors file ({error})") from error
+        return cls(f"{path}#{key}", shape, dtype, WholeFiles.one(path, shape, dtype, 8 + length + start))
+
+    @classmethod
+    def of_file(cls, path: Path, description: str) -> "RawArray":
+        """Open a plain file of numbers, described as ``dtype:1,8,4096,64``. Raises ArrayError."""
+        dtype, colon, lengths = description.partition(":")
+        parts = lengths.split(",")
+        if dtype not in FLOATS or not colon or not all(n.isdecimal() and len(n) < 19 for n in parts):
+            raise ArrayError(
+                f"{path}#{description}: a plain file needs a dtype and a shape, as {path.name}#bfloat16:1,8,4096,64"
+            )
+        shape = tuple(map(int, parts))
+        return cls(f"{path}#{description}", shape, dtype, WholeFiles.one(path, shape, dtype, 0))
+
+    @classmethod
+    def of_memmap(cls, values: np.memmap) -> "RawArray | None":
+        """Return the file behind a memory map, or a part of one, that is C-ordered and cannot differ from it."""
+        base = values
+        while isinstance(base.base, np.memmap):
+            base = base.base
+        plain = values.flags.c_contiguous and values.dtype.isnative and values.dtype.name in FLOATS
+        if values.filename is None or values.mode == "c" or not plain:
             return None
-        if separator not in ("/", ".") or not all(type(n) is int and n > 0 for n in chunks):
-            return None
-        escaped = str(path).replace("{", "{{").replace("}", "}}")
-        pattern = f"{escaped}/" + separator.join(([encoding] if encoding else []) + ["{}"] * 4)
-        return cls(str(path), shape, _ZARR_DTYPES[dtype], tuple(chunks), pattern, 0, trailer)
+        path, offset = Path(str(values.filename)), base.offset + values.ctypes.data - base.ctypes.data
+        if path.suffix == ".npy":
+            whole = cls.of_npy(path)
+            same = (whole.shape, whole.dtype, whole.files.locate(())[1]) == (values.shape, values.dtype.name, offset)
+            return whole if same else None
+        if offset:
+            return None  # it has no name by which a resumed run could open it
+        return cls.of_file(path, f"{values.dtype.name}:{','.join(map(str, values.shape))}")
+
+    def lead(self, batch: int, heads: range, tokens: range) -> int:
+        """Return how far into a page a buffer should begin, so that its numbers can be read straight into it."""
+        unit = self.files.unit
+        cell = (batch // unit[0], heads.start // unit[1], tokens.start // unit[2], 0)
+        position = self.files.locate(cell)[1] + self._position(batch, heads.start, tokens.start)
+        over = position % PAGE
+        return over if over % 64 == 0 else 0  # results may depend on how numbers are aligned: keep what kernels like
 
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
-        for index, head in enumerate(heads):
-            for span in _split(tokens, self.file_shape[2]):
-                place = buffer[index, span.start - tokens.start : span.stop - tokens.start]
-                self._read(batch, head, span, place)
-
-    def _read(self, batch: int, head: int, tokens: range, place: np.ndarray) -> None:
-        cell, inner = zip(*(divmod(i, n) for i, n in zip((batch, head, tokens.start), self.file_shape, strict=False)),
-                          strict=True)  # fmt: skip
-        row = (inner[0] * self.file_shape[1] + inner[1]) * self.file_shape[2] + inner[2]
-        path = self.pattern.format(*cell, 0)
-        view = place.reshape(-1).view(np.uint8).data
-        position = self.offset + row * self.shape[3] * place.itemsize
-        try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ArrayError(f"{path}: {_reason(error)}") from error
-        try:
-            while view:
-                count = os.preadv(file, [view], position)
-                if count == 0:
-                    raise ArrayError(
-                        f"{path}: ends {len(view)} bytes early, at byte {position}; write this chunk again"
-                    )
-                self.bytes_read += count
-                view, position = view[count:], position + count
-        except OSError as error:
-            raise ArrayError(f"{path}: {error}") from error
-        finally:
-            os.close(file)
+        pieces: list[Piece] = []
+        units: list[tuple[int, int, np.ndarray]] = []  # (first piece, last piece + 1, stored checksum)
+        for file, start, wanted in self._units(batch, heads, tokens, buffer):
+            first = len(pieces)
+            if self.checked:
+                trailer = np.empty(_CHECKSUM_BYTES, np.uint8)
+                pieces += _checked_pieces(file, start, self._unit_bytes, wanted, trailer)
+                units.append((first, len(pieces), trailer))
+            else:
+                length = _piece_bytes(sum(len(part.place) for part in wanted), self.in_flight)
+                for part in wanted:
+                    pieces += _cut(file, start + part.start, len(part.place), part.place, length, checked=False)
+        checksums = read_pieces(pieces, self.in_flight)
+        self.bytes_read += sum(piece.length for piece in pieces)
+        for first, stop, trailer in units:
+            found = 0
+            for piece, checksum in zip(pieces[first:stop], checksums[first:stop], strict=True):
+                found = appended(found, checksum, piece.length)
+            if found != int.from_bytes(trailer.tobytes(), "little"):
+                raise ArrayError(
+                    f"{pieces[first].file.path}: a stored chunk fails its crc32c: damaged, write this chunk again"
+                )
 
     def check(self) -> None:
-        itemsize = numpy_dtype(self.dtype).itemsize
-        expected = self.offset + math.prod(self.file_shape) * itemsize + self.trailer
-        for path in self._files():
-            try:
-                found = os.stat(path).st_size  # noqa: PTH116 - a Path for each of a million chunks would take seconds
-            except OSError as error:
-                raise ArrayError(f"{path}: {_reason(error)}") from error
-            if found < expected:
-                raise ArrayError(f"{path}: {found} bytes; expected {expected}: truncated, write this chunk again")
+        cells = product(*(range(-(-n // m)) for n, m in zip(self.shape, self.files.unit, strict=True)))
+        self.files.check(cells)
 
-    def _files(self) -> Iterator[str]:
-        cells = product(*(range(-(-n // m)) for n, m in zip(self.shape, self.file_shape, strict=True)))
-        return (self.pattern.format(*cell) for cell in cells)
+    @property
+    def _row_bytes(self) -> int:
+        return self.shape[3] * numpy_dtype(self.dtype).itemsize
+
+    @property
+    def _unit_bytes(self) -> int:
+        return math.prod(self.files.unit) * numpy_dtype(self.dtype).itemsize
+
+    def _position(self, batch: int, head: int, token: int) -> int:
+        """Return the place of a row in its unit, in bytes."""
+        unit = self.files.unit
+        return (((batch % unit[0]) * unit[1] + head % unit[1]) * unit[2] + token % unit[2]) * self._row_bytes
+
+    def _units(
+        self, batch: int, heads: range, tokens: range, buffer: np.ndarray
+    ) -> Iterator[tuple[StoredFile, int, list[_Wanted]]]:
+        """Yield (file, position of the unit, what is wanted of it in ascending order) for each unit that is met."""
+        unit = self.files.unit
+        for some, span in product(_split(heads, unit[1]), _split(tokens, unit[2])):
+            wanted = []
+            for head in some:
+                rows = buffer[head - heads.start, span.start - tokens.start : span.stop - tokens.start]
+                wanted.append(_Wanted(self._position(batch, head, span.start), rows.reshape(-1).view(np.uint8)))
+            file, start = self.files.locate((batch // unit[0], some.start // unit[1], span.start // unit[2], 0))
+            yield file, start, wanted
+
+
+def _piece_bytes(total: int, in_flight: int) -> int:
+    """Return the length of pieces: long, but so many that all readers have work."""
+    each = -(-total // (in_flight * PAGE)) * PAGE
+    return min(PIECE_BYTES, max(_LEAST_PIECE_BYTES, each))
+
+
+def _cut(
+    file: StoredFile, start: int, length: int, place: np.ndarray | None, most: int, *, checked: bool
+) -> Iterator[Piece]:
+    """Cut a range into pieces that begin at multiples of ``most`` in the file."""
+    done = 0
+    while done < length:
+        count = min(length - done, most - (start + done) % most)
+        yield Piece(file, start + done, count, None if place is None else place[done : done + count], checked)
+        done += count
+
+
+def _checked_pieces(
+    file: StoredFile, start: int, length: int, wanted: list[_Wanted], trailer: np.ndarray
+) -> list[Piece]:
+    """Return the pieces of a whole unit, what is not wanted of it going nowhere; the last one takes the checksum."""
+    pieces: list[Piece] = []
+    done = 0
+    for part in [*wanted, _Wanted(length, np.empty(0, np.uint8))]:
+        for begin, count, place in ((done, part.start - done, None), (part.start, len(part.place), part.place)):
+            pieces += _cut(file, start + begin, count, place, BOUNCE_BYTES, checked=True)
+        done = part.start + len(part.place)
+    last = pieces[-1]
+    return [*pieces[:-1], Piece(last.file, last.start, last.length, last.place, True, trailer)]
 
 
 def _split(tokens: range, length: int) -> Iterator[range]:
@@ -140,30 +287,3 @@ def _split(tokens: range, length: int) -> Iterator[range]:
         stop = min(tokens.stop, (start // length + 1) * length)
         yield range(start, stop)
         start = stop
-
-
-def _reason(error: OSError) -> str:
-    return f"a stored chunk is missing; {CURES}" if isinstance(error, FileNotFoundError) else str(error)
-
-
-def _describe_v3(metadata: dict[str, Any]) -> tuple[str, list[int], str, str, int] | None:
-    """Return (dtype, chunk shape, key prefix, key separator, bytes of checksum), or None where chunks are encoded."""
-    first, *checksum = metadata["codecs"]
-    if first["name"] != "bytes" or first.get("configuration", {}).get("endian", "little") != "little":
-        return None
-    if [codec["name"] for codec in checksum] not in ([], ["crc32c"]):
-        return None
-    if metadata["chunk_grid"]["name"] != "regular" or metadata.get("storage_transformers"):
-        return None
-    names = {"float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16"}
-    encoding = metadata["chunk_key_encoding"]
-    default = encoding["name"] == "default"
-    separator = encoding.get("configuration", {}).get("separator", "/" if default else ".")
-    chunks = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    return names[metadata["data_type"]], chunks, "c" if default else "", separator, 4 if checksum else 0
-
-
-def _describe_v2(metadata: dict[str, Any]) -> tuple[str, list[int], str, str, int] | None:
-    if metadata["compressor"] or metadata.get("filters") or metadata["order"] != "C":
-        return None
-    return metadata["dtype"], metadata["chunks"], "", metadata.get("dimension_separator", "."), 0

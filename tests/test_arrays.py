@@ -14,7 +14,7 @@ from cqsa_stream.storage.arrays import TokenArray, open_array
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.fingerprint import fingerprint
 from cqsa_stream.storage.output import create_array, open_for_writing, write
-from cqsa_stream.storage.raw import numpy_dtype
+from cqsa_stream.storage.dtypes import numpy_dtype
 
 SHAPE = (2, 3, 100, 8)
 Maker = Callable[[Path, np.ndarray], Any]

@@ -1,0 +1,250 @@
+"""Reading ranges of files straight into memory, past the system's page cache, several at a time.
+
+With O_DIRECT the device writes into the caller's memory, where file position and address agree: both are cut at pages,
+and what hangs over at either end goes through a page beside it. Where they do not agree, pieces go through a bounce
+buffer of the thread's own. Files that are small, and file systems that know no O_DIRECT, are read through the page
+cache; of large files, what was read is dropped from it again.
+"""
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import numpy as np
+from crc32c import crc32c
+
+from cqsa_stream.storage.errors import ArrayError
+
+__all__ = ["BOUNCE_BYTES", "MOST_IN_FLIGHT", "PAGE", "PIECE_BYTES", "Piece", "StoredFile", "opened", "read_pieces"]
+
+PAGE = 4096
+PIECE_BYTES = 4 << 20  # of one read straight into place: the longer, the fewer calls
+BOUNCE_BYTES = 1 << 20  # of one read through a bounce buffer, or to be checked: this stays in the processor's cache
+MOST_IN_FLIGHT = 8
+_SECTOR = 512  # addresses must be multiples of it for O_DIRECT
+_CURE = "write this chunk again"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file that should have ``size`` bytes, or at least so many where there may be more (``open_ended``).
+
+    ``cached``: it is small, and may stay in the page cache.
+    """
+
+    path: str
+    size: int
+    open_ended: bool = False
+    cached: bool = False
+
+    def refuse_size(self, found: int) -> None:
+        """Raise ArrayError where the file has another length than it should."""
+        if found < self.size:
+            raise ArrayError(f"{self.path}: {found} bytes; expected {self.size}: truncated, {_CURE}")
+        if found > self.size and not self.open_ended:
+            raise ArrayError(f"{self.path}: {found} bytes; expected {self.size}: not what was written, {_CURE}")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of a file, ``[start, start + length)``, and where it goes: a uint8 array, or nowhere (only checked).
+
+    ``trailer`` takes the bytes that follow. ``checked``: the CRC-32C of the range is wanted.
+    """
+
+    file: StoredFile
+    start: int
+    length: int
+    place: np.ndarray | None
+    checked: bool = False
+    trailer: np.ndarray | None = None
+
+
+class _Scratch(threading.local):
+    """A thread's pages for what hangs over, and its bounce buffer, each made when it is needed first."""
+
+    def __init__(self) -> None:
+        self.pages = np.frombuffer(mmap.mmap(-1, 3 * PAGE), np.uint8)
+        self._bounce: np.ndarray | None = None
+
+    @property
+    def bounce(self) -> np.ndarray:
+        if self._bounce is None:
+            self._bounce = np.frombuffer(mmap.mmap(-1, BOUNCE_BYTES + 3 * PAGE), np.uint8)
+        return self._bounce
+
+
+_scratch = _Scratch()
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget_pool() -> None:
+    global _pool  # noqa: PLW0603 - a forked child has none of its threads
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_pool)
+
+
+def read_pieces(pieces: Sequence[Piece], in_flight: int) -> list[int]:
+    """Read pieces, ``in_flight`` at a time, and return the checksum of each (0 where none is wanted).
+
+    Raises ArrayError; whatever happens, no place is written after the call.
+    """
+    found = [0] * len(pieces)
+    turns = iter(range(len(pieces)))  # taking the next of it is atomic
+    failed = threading.Event()
+
+    def work() -> None:
+        try:
+            for index in turns:
+                if failed.is_set():
+                    return
+                found[index] = _read(pieces[index])
+        except BaseException:
+            failed.set()
+            raise
+
+    helpers = min(in_flight, MOST_IN_FLIGHT, len(pieces)) - 1
+    futures = [_executor().submit(work) for _ in range(helpers)]
+    try:
+        work()
+    finally:
+        wait(futures)
+    for future in futures:
+        future.result()
+    return found
+
+
+def _executor() -> ThreadPoolExecutor:
+    global _pool  # noqa: PLW0603
+    if _pool is None:
+        _pool = ThreadPoolExecutor(MOST_IN_FLIGHT - 1, "cqsa-read")
+    return _pool
+
+
+@contextmanager
+def opened(file: StoredFile, *, direct: bool = True) -> Iterator[tuple[int, bool]]:
+    """Open a file of the size it should have; yield (descriptor, whether it goes past the page cache)."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    direct = direct and not file.cached
+    try:
+        try:
+            number = os.open(file.path, flags | (os.O_DIRECT if direct else 0))
+        except OSError as error:
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            number, direct = os.open(file.path, flags), False
+    except OSError as error:
+        raise ArrayError(f"{file.path}: {_reason(error)}") from error
+    try:
+        file.refuse_size(os.fstat(number).st_size)
+        yield number, direct
+    finally:
+        os.close(number)
+
+
+def _reason(error: OSError) -> str:
+    return f"a stored chunk is missing, {_CURE}" if isinstance(error, FileNotFoundError) else str(error.strerror)
+
+
+def _read(piece: Piece, *, direct: bool = True) -> int:
+    try:
+        with opened(piece.file, direct=direct) as (number, past_cache):
+            return _read_opened(piece, number, direct=past_cache)
+    except OSError as error:
+        if direct and error.errno == errno.EINVAL:  # opened with O_DIRECT, but read only in larger units
+            return _read(piece, direct=False)
+        raise ArrayError(f"{piece.file.path}: reading failed at byte {piece.start}: {error.strerror}") from error
+
+
+def _read_opened(piece: Piece, number: int, *, direct: bool) -> int:
+    place = _scratch.bounce[: piece.length] if piece.place is None else piece.place
+    if not direct:
+        _fill(number, piece, [place, *_trailer(piece)], piece.start)
+        if not piece.file.cached:
+            with suppress(OSError):
+                os.posix_fadvise(number, piece.start, piece.length, os.POSIX_FADV_DONTNEED)
+    elif (_address(place) - piece.start) % _SECTOR == 0:
+        _fill_directly(number, piece, place)
+    else:
+        place = _fill_by_bounce(number, piece)
+    return crc32c(place.data) if piece.checked else 0
+
+
+def _fill_directly(number: int, piece: Piece, place: np.ndarray) -> None:
+    """Read into place what fills whole pages there, and what hangs over into pages beside it: one call."""
+    over = piece.start % PAGE
+    head = min(piece.length, PAGE - over) if over else 0
+    whole = (piece.length - head) // PAGE * PAGE
+    wanted = over + piece.length + sum(map(len, _trailer(piece)))
+    before = PAGE if over else 0
+    after = max(0, -(-(wanted - before - whole) // PAGE) * PAGE)
+    views = [_scratch.pages[:before], place[head : head + whole], _scratch.pages[PAGE : PAGE + after]]
+    _fill(number, piece, [view for view in views if len(view)], piece.start - over, at_least=wanted)
+    _copy_out(views, over, place[:head])
+    _copy_out(views, over + head + whole, place[head + whole :])
+    for trailer in _trailer(piece):
+        _copy_out(views, over + piece.length, trailer)
+
+
+def _fill_by_bounce(number: int, piece: Piece) -> np.ndarray:
+    """Read whole pages into the thread's bounce buffer, part by part, and copy; return where the piece stands."""
+    place = _scratch.bounce
+    for done in range(0, piece.length, BOUNCE_BYTES):
+        length = min(BOUNCE_BYTES, piece.length - done)
+        trailer = _trailer(piece) if done + length == piece.length else []
+        over = (piece.start + done) % PAGE
+        wanted = over + length + sum(map(len, trailer))
+        views = [_scratch.bounce[: -(-wanted // PAGE) * PAGE]]
+        _fill(number, piece, views, piece.start + done - over, at_least=wanted)
+        place = views[0][over : over + length]
+        if piece.place is not None:
+            np.copyto(piece.place[done : done + length], place)
+        for part in trailer:
+            _copy_out(views, over + length, part)
+    return place if piece.place is None else piece.place
+
+
+def _copy_out(views: list[np.ndarray], start: int, target: np.ndarray) -> None:
+    """Copy from the views, taken as one after another, to the target."""
+    done = 0
+    for view in views:
+        part = view[start : start + len(target) - done] if start < len(view) else view[:0]
+        target[done : done + len(part)] = part
+        done += len(part)
+        start = max(0, start - len(view))
+
+
+def _fill(number: int, piece: Piece, views: list[np.ndarray], start: int, at_least: int | None = None) -> None:
+    """Fill the views from a position on; at the file's end, at least so many bytes."""
+    wanted = sum(map(len, views)) if at_least is None else at_least
+    done = 0
+    while done < wanted:
+        count = os.preadv(number, list(_left(views, done)), start + done)
+        if count == 0:
+            raise ArrayError(
+                f"{piece.file.path}: ends {wanted - done} bytes early, at byte {start + done}: it shrank, {_CURE}"
+            )
+        done += count
+
+
+def _left(views: list[np.ndarray], done: int) -> Iterator[memoryview]:
+    for view in views:
+        if done < len(view):
+            yield view[done:].data
+        done = max(0, done - len(view))
+
+
+def _trailer(piece: Piece) -> list[np.ndarray]:
+    return [] if piece.trailer is None else [piece.trailer]
+
+
+def _address(values: np.ndarray) -> int:
+    address: int = values.__array_interface__["data"][0]
+    return address
