@@ -161,6 +161,8 @@ class _Session:
         """Run the engine between the events that open and close a session."""
         meter = Meter(self.problem, self.plan.grid, self.arrays, self.store, self.sink, self.device, self.host)
         every = self.options.checkpoint_every_s
+        for array in self.arrays.values():
+            array.in_flight = self.plan.layout.in_flight
         stop.begin(self.options.max_seconds)
         with stop, _on(self.device):
             engine = Engine(

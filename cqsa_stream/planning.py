@@ -155,9 +155,10 @@ def _stored(array: TokenArray, heads: int) -> Stored:
     """Describe what reading ``heads`` neighbouring heads fetches: chunks that hold other heads too come whole."""
     batch_chunk, head_chunk, token_chunk, _ = array.stored_chunk
     lanes = array.shape[1] // heads
+    whole = array.encoding == "checked"  # then the last chunk is read with what pads it
     chunks = sum(-(-(lane + 1) * heads // head_chunk) - lane * heads // head_chunk for lane in range(lanes))
     return Stored(
-        axis_tokens=array.shape[2],
+        axis_tokens=-(-array.shape[2] // token_chunk) * token_chunk if whole else array.shape[2],
         chunk_tokens=token_chunk,
         heads_fetched=chunks * head_chunk * batch_chunk,
         lanes=lanes,

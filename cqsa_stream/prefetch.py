@@ -1,6 +1,6 @@
 """Reading ahead: a thread walks the schedule before the engine and fills host buffers with what is not there yet.
 
-The buffers are allocated once, at their exact size; for a CUDA device they are page-locked, so that copies to the
+The buffers are allocated once, as whole pages, so that files can be read straight into them; for a CUDA device they are page-locked, so that copies to the
 device run beside the compute. What stands in a buffer and will be used again stays, as far as there are buffers
 (``Residency``: the planner has counted the reads in the same way). A buffer is filled anew only when its last reader
 has let go of it.
@@ -20,6 +20,8 @@ from cqsa_stream.schedulers.memory import Layout
 from cqsa_stream.schedulers.residency import Residency
 from cqsa_stream.storage.arrays import TokenArray
 from cqsa_stream.storage.dtypes import numpy_dtype
+from cqsa_stream.storage.errors import ArrayError
+from cqsa_stream.storage.ranges import PAGE
 
 __all__ = ["Loaded", "Prefetcher", "Read"]
 
@@ -72,7 +74,7 @@ class Prefetcher:
     ) -> None:
         self._reads = reads
         self._arrays = arrays
-        self._memory = torch.empty(layout.slots * layout.slot_bytes, dtype=torch.uint8)
+        self._memory = _pages(layout.slots * layout.slot_bytes)
         self._pinned = device.type == "cuda"
         self._slots = [_Slot(part) for part in np.split(self._memory.numpy(), layout.slots)]
         self._residency = Residency(layout.slots, layout.ring_slots - 1)
@@ -143,11 +145,22 @@ class Prefetcher:
         array = self._arrays[read.array]
         dtype = numpy_dtype(array.dtype)
         shape = (len(read.heads), len(read.tokens), array.shape[3])
-        used = slot.bytes[: int(np.prod(shape)) * dtype.itemsize]
+        lead = array.lead(read.batch, read.heads, read.tokens)
+        used = slot.bytes[lead : lead + int(np.prod(shape)) * dtype.itemsize]
         if not present:
-            array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
+            try:
+                array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
+            except ArrayError as error:
+                raise ArrayError(f"{read.array}: {error}") from error
         values = torch.from_numpy(used).view(getattr(torch, array.dtype)).reshape(shape)
         return Loaded(read, values, slot, self._turns)
+
+
+def _pages(size: int) -> Tensor:
+    """Return so many bytes, whole pages, beginning with one."""
+    memory = torch.empty(size + PAGE, dtype=torch.uint8)
+    over = -memory.data_ptr() % PAGE
+    return memory[over : over + size]
 
 
 def _cudart() -> Any:

@@ -26,6 +26,8 @@ _LEAST_OUT_CHUNK_BYTES = 64 << 10
 _SMALLEST_BLOCK = 256
 _WEIGHED = 3  # numbers of chunks that fit, the fewest first; and of each as many sizes of blocks, the largest first
 _RINGS = (6, 4)
+_MOST_IN_FLIGHT = 8  # pieces of a read; what they hold besides should be small beside the budget
+_IN_FLIGHT_SHARE = 16
 
 
 def make_schedule(name: str, grid: Grid, layout: Layout) -> Schedule:
@@ -225,7 +227,8 @@ class _Search:
             return
         found = 0
         for block in self._blocks(columns):
-            layouts = (self._layout(name, rows, block, ring, frugal.out_tokens) for ring in _RINGS)
+            reading = [(ring, self._in_flight) for ring in _RINGS] + [(_RINGS[-1], 1)]
+            layouts = (self._layout(name, rows, block, ring, frugal.out_tokens, n) for ring, n in reading)
             layout = next((it for it in layouts if self._fits(name, rows, columns, it)), None)
             if layout is not None:
                 yield from self._grown(name, rows, columns, layout)
@@ -242,7 +245,13 @@ class _Search:
             sizes.append(-(-columns.chunk_tokens // parts))
         return sizes
 
-    def _layout(self, name: str, rows: Axis, block: int, ring: int, out: int) -> Layout:
+    @cached_property
+    def _in_flight(self) -> int:
+        """How many pieces of a read may be under way, where memory does not matter."""
+        affordable = self.machine.host_allowed_bytes // _IN_FLIGHT_SHARE // max(1, self.work.staging_bytes)
+        return max(1, min(_MOST_IN_FLIGHT, affordable))
+
+    def _layout(self, name: str, rows: Axis, block: int, ring: int, out: int, in_flight: int = 1) -> Layout:
         held = quorum_size(rows.chunks) if name == "cqs" else 1
         whole = name == "cqs" and not self.work.durable  # partials that cannot leave memory must all fit in it
         missing = max(0, rows.filled - held) if whole else 0
@@ -259,6 +268,7 @@ class _Search:
             tile=Tile(tile.rows, min(tile.columns, block), min(tile.leaf, block)),
             out_tokens=out,
             parked_rows=missing * (not on_device),
+            in_flight=in_flight,
         )
 
     def _grown(self, name: str, rows: Axis, columns: Axis, layout: Layout) -> Iterator[Layout]:
