@@ -115,7 +115,7 @@ class Engine:
         stored, compute = getattr(torch, problem.dtype), self.job.kernel.compute_dtype(getattr(torch, problem.dtype))
         widths = {"key": problem.head_dim, "value": problem.value_dim}
         held = HeldRows(problem, self.grid, layout, self.job.device, compute, self.job.store)
-        stage = Stage(self.job.device, stored, compute, layout.block_tokens, widths)
+        stage = Stage(self.job.device, stored, compute, layout, widths)
         with (
             Prefetcher(self._reads(), self.job.arrays, layout, self.job.device) as stream,
             ThreadPoolExecutor(1, "cqsa-finish") as self._writer,

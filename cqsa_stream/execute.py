@@ -103,6 +103,7 @@ def run_on_disk(
     _refuse_overlap(target, arrays)
     if directory.begun and not target.fresh:
         _refuse_differences(directory.manifest(), directory, target, problem, options)
+        _check(arrays)
         prints = _fingerprints(arrays)
         _refuse_changed_inputs(directory.manifest(), prints)
         if is_complete(directory):
@@ -161,8 +162,6 @@ class _Session:
         """Run the engine between the events that open and close a session."""
         meter = Meter(self.problem, self.plan.grid, self.arrays, self.store, self.sink, self.device, self.host)
         every = self.options.checkpoint_every_s
-        for array in self.arrays.values():
-            array.in_flight = self.plan.layout.in_flight
         stop.begin(self.options.max_seconds)
         with stop, _on(self.device):
             engine = Engine(

@@ -43,11 +43,12 @@ class HeldRows:
         rows = problem.group * grid.rows.chunk_tokens
         held, places = min(layout.rows_per_task, grid.rows.filled), layout.resident_rows
         self._queries = torch.empty(held, rows * problem.head_dim, dtype=dtype, device=device)
-        self._out = torch.empty(places, rows * problem.value_dim, dtype=torch.float32, device=device)
+        numbers = getattr(torch, problem.partial_dtype)
+        self._out = torch.empty(places, rows * problem.value_dim, dtype=numbers, device=device)
         self._lse = torch.empty(places, rows, dtype=torch.float64, device=device)
         self._free = list(range(places))
         self._resident: dict[int, _Resident] = {}
-        self._host_out = torch.empty(layout.parked_rows, rows * problem.value_dim, dtype=torch.float32)
+        self._host_out = torch.empty(layout.parked_rows, rows * problem.value_dim, dtype=numbers)
         self._host_lse = torch.empty(layout.parked_rows, rows, dtype=torch.float64)
         self._host_free = list(range(layout.parked_rows))
         self._parked: dict[int, _Resident] = {}

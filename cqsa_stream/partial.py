@@ -1,6 +1,6 @@
 """The partial: exact attention of some queries over a part of the keys, and the algebra of merging.
 
-``out`` is normalised, float32; ``lse`` is the natural log-sum-exp of the scores, float64. Partials over disjoint keys
+``out`` is normalised, float32 (float64 of float64 inputs); ``lse`` is the natural log-sum-exp of the scores, float64. Partials over disjoint keys
 merge into the partial of the union: associative and commutative to rounding, the identity being ``lse = -inf``. Only
 differences of lse are exponentiated: ``exp(lse)`` itself overflows past 88.7. The weights are float64, since float32
 ones drift to several times the error of one kernel call where scores are large.
@@ -38,11 +38,11 @@ def fold(
     tile_out: Float[Tensor, "heads q dv"],
     tile_lse: Float[Tensor, "heads q"],
 ) -> None:
-    """Merge a kernel's tile into the accumulator ``out`` (float32), ``lse`` (float64), in place."""
+    """Merge a kernel's tile into the accumulator ``out`` (of the tile's dtype), ``lse`` (float64), in place."""
     tile_lse = tile_lse.double()
     total = torch.logaddexp(lse, tile_lse)
     weight = torch.exp(tile_lse - total).nan_to_num_(nan=0.0)  # -inf - -inf: neither side saw a key
-    out.lerp_(tile_out, weight.float().unsqueeze(-1))
+    out.lerp_(tile_out, weight.to(out.dtype).unsqueeze(-1))
     lse.copy_(total)
 
 

@@ -73,6 +73,8 @@ def plan_run(
     """
     options.check(problem)
     device = choose_device(options.device or "auto")
+    if problem.dtype == "float64" and device.type != "cpu":
+        raise InputError(f"float64 arrays on {device}: take --device cpu, or convert them to float32")
     machine = describe(
         device,
         problem,
@@ -141,6 +143,7 @@ def _workload(problem: Problem, arrays: dict[str, TokenArray], device: torch.dev
         value_dim=problem.value_dim,
         stored_itemsize=dtype_bytes(problem.dtype),
         compute_itemsize=kernel_for(device, stored).compute_dtype(stored).itemsize,
+        partial_itemsize=dtype_bytes(problem.partial_dtype),
         out_itemsize=out_itemsize,
         flops=problem.flops,
         staging_bytes=max(array.staging_bytes for array in arrays.values()),

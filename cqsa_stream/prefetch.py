@@ -9,6 +9,7 @@ has let go of it.
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.ranges import PAGE
 
 __all__ = ["Loaded", "Prefetcher", "Read"]
+
+_READS_AT_A_TIME = 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,11 @@ class Prefetcher:
         self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each piece that may yet be made ready
         for _ in self._slots:
             self._turns.put(None)
-        self._ready: queue.SimpleQueue[Loaded | BaseException | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Future[Loaded] | BaseException | None] = queue.SimpleQueue()
+        reads_at_a_time = min(_READS_AT_A_TIME, layout.in_flight)  # so that the disk has work when one of them ends
+        self._loaders = ThreadPoolExecutor(reads_at_a_time, "cqsa-load")
+        for array in arrays.values():
+            array.in_flight = layout.in_flight // reads_at_a_time
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="cqsa-prefetch", daemon=True)
 
@@ -98,18 +105,19 @@ class Prefetcher:
             for _i in range(slot.readers):
                 slot.released.put(None)
         self._thread.join()
+        self._loaders.shutdown()
         if self._pinned and self._memory.numel():
             torch.cuda.synchronize()
             _check(_cudart().cudaHostUnregister(self._memory.data_ptr()))
 
     def __next__(self) -> Loaded:
         """Return the next piece, waiting for it. Raises what reading it raised."""
-        loaded = self._ready.get()
-        if loaded is None:
+        loading = self._ready.get()
+        if loading is None:
             raise StopIteration
-        if isinstance(loaded, BaseException):
-            raise loaded
-        return loaded
+        if isinstance(loading, BaseException):
+            raise loading
+        return loading.result()
 
     def __iter__(self) -> Iterator[Loaded]:
         return self
@@ -129,7 +137,7 @@ class Prefetcher:
                 if self._closing.is_set():
                     return
                 slot.readers += 1
-                self._ready.put(self._load(read, slot, present=present))
+                self._ready.put(self._loaders.submit(self._load, read, slot, present=present))
             self._ready.put(None)
         except BaseException as error:  # handed to the thread that waits for this piece
             self._ready.put(error)
@@ -142,6 +150,7 @@ class Prefetcher:
             slot.in_use_until.synchronize()
 
     def _load(self, read: Read, slot: _Slot, *, present: bool) -> Loaded:
+        """Read a piece into its slot. One that is present may still be on its way there, but it is handed out before."""
         array = self._arrays[read.array]
         dtype = numpy_dtype(array.dtype)
         shape = (len(read.heads), len(read.tokens), array.shape[3])

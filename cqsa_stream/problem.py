@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from cqsa_stream.errors import InputError
 from cqsa_stream.schedulers.masks import Mask, mask_of
 
-__all__ = ["DTYPES", "Problem", "dtype_bytes"]
+__all__ = ["DTYPES", "OUT_DTYPES", "Problem", "dtype_bytes"]
 
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+OUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -67,8 +68,8 @@ class Problem:
     ) -> "Problem":
         """Check that the arrays and the options fit together. Raises InputError saying what was found and expected."""
         _refuse_misfits(query, key, value)
-        if out_dtype is not None and out_dtype not in DTYPES:
-            raise InputError(f"output dtype {out_dtype!r}; expected one of {', '.join(DTYPES)}")
+        if out_dtype is not None and out_dtype not in OUT_DTYPES:
+            raise InputError(f"output dtype {out_dtype!r}; expected one of {', '.join(OUT_DTYPES)}")
         (batch, heads, query_tokens, head_dim), (_, kv_heads, keys, _), value_dim = (
             query.shape,
             key.shape,
@@ -92,7 +93,7 @@ class Problem:
             head_dim=head_dim,
             value_dim=value_dim,
             dtype=query.dtype,
-            out_dtype=out_dtype or query.dtype,
+            out_dtype=out_dtype or (query.dtype if query.dtype in OUT_DTYPES else "bfloat16"),
             scale=head_dim**-0.5 if scale is None else float(scale),
             causal=bool(causal),
             q_start=q_start,
@@ -104,6 +105,11 @@ class Problem:
     def group(self) -> int:
         """Query heads for each key/value head."""
         return self.heads // self.kv_heads
+
+    @property
+    def partial_dtype(self) -> str:
+        """The dtype in which partials are kept: float32, or what the inputs have if that is finer."""
+        return "float64" if self.dtype == "float64" else "float32"
 
     @property
     def lanes(self) -> int:
@@ -148,7 +154,7 @@ def _refuse_misfits(query: Described, key: Described, value: Described) -> None:
         if len(array.shape) != 4:
             raise InputError(f"{name}: shape {array.shape}; expected 4 axes [batch, head, token, feature]")
         if array.dtype not in DTYPES:
-            raise InputError(f"{name}: dtype {array.dtype}; expected one of {', '.join(DTYPES)}")
+            raise InputError(f"{name}: dtype {array.dtype}; expected one of {', '.join(DTYPES)}: convert the array")
         if 0 in array.shape:
             raise InputError(f"{name}: shape {array.shape} has an axis of length 0; expected at least 1 of each")
     if not query.dtype == key.dtype == value.dtype:

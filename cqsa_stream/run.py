@@ -23,7 +23,7 @@ import filelock
 import psutil
 
 from cqsa_stream.errors import InputError, LockedError
-from cqsa_stream.problem import DTYPES, Problem
+from cqsa_stream.problem import DTYPES, OUT_DTYPES, Problem, dtype_bytes
 from cqsa_stream.schedulers.grid import Axis, Grid
 from cqsa_stream.storage.atomic import make_directory, replace_file
 from cqsa_stream.storage.partials import PartialStore
@@ -72,7 +72,7 @@ class Manifest:
         if checksum != hashlib.sha256(_canonical({"format": _FORMAT, **fields})).hexdigest():
             raise ValueError("it fails its checksum")
         problem, rows, columns = Problem.from_dict(fields["problem"]), Axis(**fields["rows"]), Axis(**fields["columns"])
-        if problem.dtype not in DTYPES or problem.out_dtype not in DTYPES:
+        if problem.dtype not in DTYPES or problem.out_dtype not in OUT_DTYPES:
             raise ValueError(f"dtype {problem.dtype!r}, output {problem.out_dtype!r}")
         for axis, tokens in ((rows, problem.queries), (columns, problem.keys)):
             if axis.tokens != tokens or not 0 < axis.chunks <= _MOST_CHUNKS or axis.chunk_tokens * axis.chunks < tokens:
@@ -122,7 +122,8 @@ class RunDirectory:
             (problem.group * len(rows.span(a)), problem.group * len(rows.span(a)) * problem.value_dim)
             for a in range(rows.chunks)
         ]
-        return PartialStore(self.path / "partials", manifest.run_hash, elements, manifest.columns.chunks)
+        itemsize = dtype_bytes(problem.partial_dtype)
+        return PartialStore(self.path / "partials", manifest.run_hash, elements, manifest.columns.chunks, itemsize)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

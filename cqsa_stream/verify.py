@@ -18,14 +18,15 @@ from cqsa_stream.storage.dtypes import numpy_dtype
 __all__ = ["Verification", "verify_rows"]
 
 _BLOCK_TOKENS = 4_096
-_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+_TILE_ROUNDOFF = {**_ROUNDOFF, "float8_e4m3fn": 2.0**-11, "float8_e5m2": 2.0**-11}  # of a GPU kernel's result
 
 
 @dataclass(frozen=True)
 class Verification:
     """Errors of the sampled rows, each ‖out - ref‖ / ‖ref‖ over the features.
 
-    A row may err by two roundings to the output dtype, and by the rounding of float32 scores and sums: 2^-23 times
+    A row may err by two roundings to the output dtype, and by the rounding of scores and sums: 2^-23 (float32) times
     (8 + the largest |score|), times how much the terms of its sum cancel. Where 16-bit tiles come rounded from a
     GPU kernel, two more roundings to the input dtype. ``tolerance`` is the largest bound of a sampled row.
     """
@@ -100,16 +101,16 @@ def verify_rows(
                 raise CqsaError(f"the output of the run cannot be read: {error}") from error
             norm = float(expected[index].norm())
             errors.append(float((found - expected[index]).norm()) / (norm or 1.0))
-            steps = 2 * _ROUNDOFF[problem.out_dtype] + (2 * _ROUNDOFF[problem.dtype] if rounded_tiles else 0.0)
-            scores = 2.0**-23 * (8.0 + float(reference.largest[index]))
-            bounds.append(steps + (scores + (2 * _ROUNDOFF[problem.dtype] if rounded_tiles else 0.0))
-                          * float(cancellation[index]))  # fmt: skip
+            rounded = 2 * _TILE_ROUNDOFF[problem.dtype] if rounded_tiles else 0.0
+            steps = 2 * _ROUNDOFF[problem.out_dtype] + rounded
+            scores = 2 * _ROUNDOFF[problem.partial_dtype] * (8.0 + float(reference.largest[index]))
+            bounds.append(steps + (scores + rounded) * float(cancellation[index]))
             wanted = float(expected_lse[index])
             if stored != wanted:  # two -inf are equal
                 lse_errors.append(abs(stored - wanted))
                 lse_scale = max(lse_scale, abs(wanted))
     worst_lse = max(lse_errors) if not any(e != e for e in lse_errors) else float("nan")
-    lse_bound = (1e-5 if problem.dtype == "float32" else 1e-3) * lse_scale
+    lse_bound = (1e-5 if problem.dtype in ("float64", "float32") else 1e-3) * lse_scale
     ok = all(e <= b for e, b in zip(errors, bounds, strict=True)) and worst_lse <= lse_bound
     count = len(errors)
     return Verification(

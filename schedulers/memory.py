@@ -39,7 +39,7 @@ class Workload:
     """The numbers of a problem that planning needs, and what its stored arrays are like.
 
     ``staging_bytes``: the most that one piece of a read in flight holds besides its buffer. ``stored_itemsize``, ``compute_itemsize``,
-    ``out_itemsize``: bytes of one number on disk, on the device, in the output. ``durable``: results go to disk, and
+    ``partial_itemsize``, ``out_itemsize``: bytes of one number on disk, on the device, in a partial, in the output. ``durable``: results go to disk, and
     partials can leave memory for it. ``resident_output_bytes``: an output that stays in memory.
     """
 
@@ -54,6 +54,7 @@ class Workload:
     staging_bytes: int
     durable: bool
     resident_output_bytes: int
+    partial_itemsize: int = 4
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Layout:
     ``rows_per_task`` row chunks' queries and ``resident_rows`` row chunks' partials stand on the device,
     ``parked_rows`` more partials in host memory. Of host buffers of ``slot_bytes``, ``ring_slots`` hold what is read
     ahead and ``cache_slots`` what will be used again: a block of ``block_tokens`` keys or values, or ``query_tokens``
-    queries of all heads of the group. A read has at most ``in_flight`` pieces under way. A kernel call takes at most a
+    queries of all heads of the group. At most ``in_flight`` pieces of reads are under way. A kernel call takes at most a
     ``tile``; the output is stored ``out_tokens`` at a time; CQS takes every ``stride``-th quorum.
     """
 
@@ -121,8 +122,8 @@ def query_tokens(work: Workload, block_tokens: int) -> int:
 
 
 def partial_bytes(work: Workload, rows: int) -> int:
-    """Return the size of a partial of so many query rows: out in float32, lse in float64."""
-    return work.group * rows * (4 * work.value_dim + 8)
+    """Return the size of a partial of so many query rows: out, and lse in float64."""
+    return work.group * rows * (work.partial_itemsize * work.value_dim + 8)
 
 
 def partial_file_bytes(work: Workload, rows: int, columns: int) -> int:
@@ -161,7 +162,9 @@ def footprint(
         return Footprint({}, {}, {**on_device, **upcast, **staged, **pageable}, disk)
     pageable["partials"] = layout.parked_rows * partial_bytes(work, count)
     pageable["partial staging"] = partial_bytes(work, count)
-    return Footprint({**on_device, "blocks": 2 * block, "reserved": device_reserved}, staged, pageable, disk)
+    narrow = 2 * layout.slot_bytes if work.compute_itemsize != work.stored_itemsize else 0  # as stored, to be upcast
+    on_device |= {"blocks": 2 * block + narrow, "reserved": device_reserved}
+    return Footprint(on_device, staged, pageable, disk)
 
 
 def _disk(work: Workload, rows: Axis, columns: Axis, stored_partials: int) -> dict[str, int]:
@@ -177,9 +180,9 @@ def _tile_bytes(work: Workload, rows: int, layout: Layout, device: str) -> int:
     """What one kernel call and its merge hold: out and lse, float64 weights, zero-padded operands, scores."""
     width = max(work.head_dim, work.value_dim)
     heads_rows = work.group * rows
-    result = heads_rows * (4 * width + 4 + 5 * 8)
+    result = heads_rows * (work.partial_itemsize * width + 4 + 5 * 8)
     if work.group > 1:  # queries and results of stacked diagonal tiles, reordered
-        result += heads_rows * (work.head_dim * work.compute_itemsize + 4 * work.value_dim)
+        result += heads_rows * (work.head_dim * work.compute_itemsize + work.partial_itemsize * work.value_dim)
     if device == "cuda":
         result += heads_rows * 2 * width  # the 16-bit result before it is widened
     padded = 0

@@ -26,7 +26,7 @@ _LEAST_OUT_CHUNK_BYTES = 64 << 10
 _SMALLEST_BLOCK = 256
 _WEIGHED = 3  # numbers of chunks that fit, the fewest first; and of each as many sizes of blocks, the largest first
 _RINGS = (6, 4)
-_MOST_IN_FLIGHT = 8  # pieces of a read; what they hold besides should be small beside the budget
+_MOST_IN_FLIGHT = 8  # pieces of reads; what they hold besides should be small beside the budget
 _IN_FLIGHT_SHARE = 16
 
 
@@ -247,7 +247,7 @@ class _Search:
 
     @cached_property
     def _in_flight(self) -> int:
-        """How many pieces of a read may be under way, where memory does not matter."""
+        """How many pieces of reads may be under way, without much memory for it."""
         affordable = self.machine.host_allowed_bytes // _IN_FLIGHT_SHARE // max(1, self.work.staging_bytes)
         return max(1, min(_MOST_IN_FLIGHT, affordable))
 

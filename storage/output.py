@@ -21,9 +21,21 @@ _CODECS: dict[str, list[dict[str, Any]]] = {
 
 
 def create_array(
-    path: Path, shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...], codec: str = "crc32c"
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: str,
+    chunk: tuple[int, ...],
+    codec: str = "crc32c",
+    inner: tuple[int, ...] | None = None,
 ) -> ts.TensorStore:
-    """Create an array of 3 or 4 of the named dimensions. Raises ArrayError where something stands there already."""
+    """Create an array of 3 or 4 of the named dimensions, its chunks being shards where an ``inner`` chunk is given.
+
+    Raises ArrayError where something stands there already.
+    """
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *_CODECS[codec]]
+    if inner is not None:
+        settings = {"chunk_shape": list(inner), "codecs": codecs}
+        codecs = [{"name": "sharding_indexed", "configuration": settings}]
     spec = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path}/"},
@@ -31,7 +43,7 @@ def create_array(
             "shape": list(shape),
             "data_type": dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *_CODECS[codec]],
+            "codecs": codecs,
             "dimension_names": list(DIMENSIONS[: len(shape)]),
             "fill_value": 0.0,
         },

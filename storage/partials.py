@@ -1,6 +1,6 @@
 """The durable store of partials: one self-describing file each, replaced by rename.
 
-    <lane>-<row>.partial:  4 KiB header | cover bitmap | lse float64 | out float32        (little-endian)
+    <lane>-<row>.partial:  4 KiB header | cover bitmap | lse float64 | out float32 or float64     (little-endian)
 
 The header holds the run's hash, lane, row, generation, the lengths, and CRC-32C checksums of itself, of the cover and
 of the numbers. A finished row's file is the header alone: it says that the output holds the row. Cover and numbers are
@@ -71,14 +71,18 @@ class Header:
 class PartialStore:
     """The partials of one run, in one directory.
 
-    ``sizes`` gives, for a row, the elements of its lse and out: what a file claims is checked against them.
+    ``row_elements`` gives, for a row, the elements of its lse and out, the latter of ``out_itemsize`` bytes each: what a
+    file claims is checked against them.
     """
 
-    def __init__(self, directory: Path, run: bytes, row_elements: list[tuple[int, int]], columns: int) -> None:
+    def __init__(
+        self, directory: Path, run: bytes, row_elements: list[tuple[int, int]], columns: int, out_itemsize: int = 4
+    ) -> None:
         self.directory = directory
         self.run = run
         self.row_elements = row_elements
         self.columns = columns
+        self.out_itemsize = out_itemsize
         self.bytes_written = 0
         self.bytes_read = 0
         self._generations: dict[tuple[int, int], int] = {}
@@ -149,7 +153,7 @@ class PartialStore:
             header = Header.unpack(file.read(_HEADER_BYTES))
             lse, out = self.row_elements[row]
             cover_bytes = -(-self.columns // 8)
-            sizes = (0, 0, 0) if header.finished else (cover_bytes, 8 * lse, 4 * out)
+            sizes = (0, 0, 0) if header.finished else (cover_bytes, 8 * lse, self.out_itemsize * out)
             found = (header.cover_bytes, header.lse_bytes, header.out_bytes)
             if (header.run, header.lane, header.row, header.columns, *found) != (
                 self.run, lane, row, self.columns, *sizes,

@@ -20,12 +20,25 @@ from crc32c import crc32c
 
 from cqsa_stream.storage.errors import ArrayError
 
-__all__ = ["BOUNCE_BYTES", "MOST_IN_FLIGHT", "PAGE", "PIECE_BYTES", "Piece", "StoredFile", "opened", "read_pieces"]
+__all__ = [
+    "BOUNCE_BYTES",
+    "MOST_IN_FLIGHT",
+    "PAGE",
+    "PIECE_BYTES",
+    "STAGING_BYTES",
+    "Piece",
+    "StoredFile",
+    "cut",
+    "opened",
+    "read_pieces",
+]
 
 PAGE = 4096
 PIECE_BYTES = 4 << 20  # of one read straight into place: the longer, the fewer calls
-BOUNCE_BYTES = 1 << 20  # of one read through a bounce buffer, or to be checked: this stays in the processor's cache
+BOUNCE_BYTES = 2 << 20  # of one read through a bounce buffer
+_SLACK_BYTES = 64 << 10  # by which a last piece may be longer: a short one would cost as much as a long one
 MOST_IN_FLIGHT = 8
+STAGING_BYTES = BOUNCE_BYTES + _SLACK_BYTES + 6 * PAGE  # what a thread holds besides the places it fills
 _SECTOR = 512  # addresses must be multiples of it for O_DIRECT
 _CURE = "write this chunk again"
 
@@ -65,6 +78,19 @@ class Piece:
     trailer: np.ndarray | None = None
 
 
+def cut(
+    file: StoredFile, start: int, length: int, place: np.ndarray | None, most: int, *, checked: bool = False
+) -> Iterator[Piece]:
+    """Cut a range into pieces of about ``most`` bytes that begin at multiples of it in the file."""
+    done = 0
+    while done < length:
+        count = most - (start + done) % most
+        if length - done - count < _SLACK_BYTES:
+            count = length - done
+        yield Piece(file, start + done, count, None if place is None else place[done : done + count], checked)
+        done += count
+
+
 class _Scratch(threading.local):
     """A thread's pages for what hangs over, and its bounce buffer, each made when it is needed first."""
 
@@ -75,7 +101,7 @@ class _Scratch(threading.local):
     @property
     def bounce(self) -> np.ndarray:
         if self._bounce is None:
-            self._bounce = np.frombuffer(mmap.mmap(-1, BOUNCE_BYTES + 3 * PAGE), np.uint8)
+            self._bounce = np.frombuffer(mmap.mmap(-1, BOUNCE_BYTES + _SLACK_BYTES + 3 * PAGE), np.uint8)
         return self._bounce
 
 
@@ -165,15 +191,15 @@ def _read(piece: Piece, *, direct: bool = True) -> int:
 
 def _read_opened(piece: Piece, number: int, *, direct: bool) -> int:
     place = _scratch.bounce[: piece.length] if piece.place is None else piece.place
-    if not direct:
+    if direct and (_address(place) - piece.start) % _SECTOR:
+        return _fill_by_bounce(number, piece)
+    if direct:
+        _fill_directly(number, piece, place)
+    else:
         _fill(number, piece, [place, *_trailer(piece)], piece.start)
         if not piece.file.cached:
             with suppress(OSError):
                 os.posix_fadvise(number, piece.start, piece.length, os.POSIX_FADV_DONTNEED)
-    elif (_address(place) - piece.start) % _SECTOR == 0:
-        _fill_directly(number, piece, place)
-    else:
-        place = _fill_by_bounce(number, piece)
     return crc32c(place.data) if piece.checked else 0
 
 
@@ -193,22 +219,29 @@ def _fill_directly(number: int, piece: Piece, place: np.ndarray) -> None:
         _copy_out(views, over + piece.length, trailer)
 
 
-def _fill_by_bounce(number: int, piece: Piece) -> np.ndarray:
-    """Read whole pages into the thread's bounce buffer, part by part, and copy; return where the piece stands."""
-    place = _scratch.bounce
-    for done in range(0, piece.length, BOUNCE_BYTES):
-        length = min(BOUNCE_BYTES, piece.length - done)
-        trailer = _trailer(piece) if done + length == piece.length else []
+def _fill_by_bounce(number: int, piece: Piece) -> int:
+    """Read whole pages into the thread's bounce buffer, part by part, and copy; return the checksum, if wanted.
+
+    Each part is checked before it is copied: what has just been read is still near the processor.
+    """
+    checksum = done = 0
+    while done < piece.length:
+        left = piece.length - done
+        length = left if left <= BOUNCE_BYTES + _SLACK_BYTES else BOUNCE_BYTES
+        trailer = _trailer(piece) if length == left else []
         over = (piece.start + done) % PAGE
         wanted = over + length + sum(map(len, trailer))
         views = [_scratch.bounce[: -(-wanted // PAGE) * PAGE]]
         _fill(number, piece, views, piece.start + done - over, at_least=wanted)
-        place = views[0][over : over + length]
+        part = views[0][over : over + length]
+        if piece.checked:
+            checksum = crc32c(part.data, checksum)
         if piece.place is not None:
-            np.copyto(piece.place[done : done + length], place)
-        for part in trailer:
-            _copy_out(views, over + length, part)
-    return place if piece.place is None else piece.place
+            np.copyto(piece.place[done : done + length], part)
+        for target in trailer:
+            _copy_out(views, over + length, target)
+        done += length
+    return checksum
 
 
 def _copy_out(views: list[np.ndarray], start: int, target: np.ndarray) -> None:

@@ -19,13 +19,22 @@ import numpy as np
 from cqsa_stream.storage.checksum import appended
 from cqsa_stream.storage.dtypes import FLOATS, numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.ranges import BOUNCE_BYTES, PAGE, PIECE_BYTES, Piece, StoredFile, read_pieces
+from cqsa_stream.storage.ranges import (
+    BOUNCE_BYTES,
+    PAGE,
+    PIECE_BYTES,
+    STAGING_BYTES,
+    Piece,
+    StoredFile,
+    cut,
+    read_pieces,
+)
 
 __all__ = ["CACHED_BYTES", "CURES", "RawArray", "UnitFiles", "WholeFiles"]
 
 CACHED_BYTES = 8 << 20  # arrays up to this size are read through the page cache: they cannot fill it
 _CHECKSUM_BYTES = 4
-_LEAST_PIECE_BYTES = 512 << 10
+_LEAST_PIECE_BYTES = 1 << 20
 _MOST_HEADER_BYTES = 100 << 20
 _SAFETENSORS = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
@@ -99,7 +108,7 @@ class RawArray:
     checked: bool = False
     in_flight: int = 4
     bytes_read: int = field(default=0, compare=False)
-    staging_bytes: ClassVar[int] = BOUNCE_BYTES + 6 * PAGE
+    staging_bytes: ClassVar[int] = STAGING_BYTES
 
     @property
     def stored_chunk(self) -> tuple[int, ...]:
@@ -197,17 +206,17 @@ class RawArray:
 
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
         pieces: list[Piece] = []
+        length = _piece_bytes(buffer.nbytes, self.in_flight)
         units: list[tuple[int, int, np.ndarray]] = []  # (first piece, last piece + 1, stored checksum)
         for file, start, wanted in self._units(batch, heads, tokens, buffer):
             first = len(pieces)
             if self.checked:
                 trailer = np.empty(_CHECKSUM_BYTES, np.uint8)
-                pieces += _checked_pieces(file, start, self._unit_bytes, wanted, trailer)
+                pieces += _checked_pieces(file, start, self._unit_bytes, wanted, trailer, length)
                 units.append((first, len(pieces), trailer))
             else:
-                length = _piece_bytes(sum(len(part.place) for part in wanted), self.in_flight)
                 for part in wanted:
-                    pieces += _cut(file, start + part.start, len(part.place), part.place, length, checked=False)
+                    pieces += cut(file, start + part.start, len(part.place), part.place, length)
         checksums = read_pieces(pieces, self.in_flight)
         self.bytes_read += sum(piece.length for piece in pieces)
         for first, stop, trailer in units:
@@ -256,26 +265,16 @@ def _piece_bytes(total: int, in_flight: int) -> int:
     return min(PIECE_BYTES, max(_LEAST_PIECE_BYTES, each))
 
 
-def _cut(
-    file: StoredFile, start: int, length: int, place: np.ndarray | None, most: int, *, checked: bool
-) -> Iterator[Piece]:
-    """Cut a range into pieces that begin at multiples of ``most`` in the file."""
-    done = 0
-    while done < length:
-        count = min(length - done, most - (start + done) % most)
-        yield Piece(file, start + done, count, None if place is None else place[done : done + count], checked)
-        done += count
-
-
 def _checked_pieces(
-    file: StoredFile, start: int, length: int, wanted: list[_Wanted], trailer: np.ndarray
+    file: StoredFile, start: int, unit_bytes: int, wanted: list[_Wanted], trailer: np.ndarray, length: int
 ) -> list[Piece]:
     """Return the pieces of a whole unit, what is not wanted of it going nowhere; the last one takes the checksum."""
     pieces: list[Piece] = []
     done = 0
-    for part in [*wanted, _Wanted(length, np.empty(0, np.uint8))]:
+    for part in [*wanted, _Wanted(unit_bytes, np.empty(0, np.uint8))]:
         for begin, count, place in ((done, part.start - done, None), (part.start, len(part.place), part.place)):
-            pieces += _cut(file, start + begin, count, place, BOUNCE_BYTES, checked=True)
+            most = BOUNCE_BYTES if place is None else length
+            pieces += cut(file, start + begin, count, place, most, checked=True)
         done = part.start + len(part.place)
     last = pieces[-1]
     return [*pieces[:-1], Piece(last.file, last.start, last.length, last.place, True, trailer)]

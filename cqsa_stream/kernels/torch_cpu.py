@@ -1,6 +1,6 @@
 """torch's flash attention for CPU, by the aten operator that returns the log-sum-exp.
 
-16-bit tiles are computed in float32: as fast there, and each tile would otherwise be rounded to 16 bits before merging.
+16-bit and 8-bit tiles are computed in float32: as fast there, and each tile would otherwise be rounded to 16 bits before merging.
 """
 
 import torch
@@ -14,12 +14,12 @@ __all__ = ["TorchCpuKernel"]
 
 
 class TorchCpuKernel:
-    """float32 tiles on the CPU."""
+    """float32 tiles on the CPU, and float64 ones of float64 arrays."""
 
     name = "torch-cpu"
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        return torch.float32
+        return torch.float64 if stored == torch.float64 else torch.float32
 
     def attend(
         self,

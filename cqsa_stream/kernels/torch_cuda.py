@@ -1,4 +1,5 @@
-"""torch's flash attention on CUDA, by the aten operator that returns the log-sum-exp; for float16 and bfloat16.
+"""torch's flash attention on CUDA, by the aten operator that returns the log-sum-exp; for float16 and bfloat16, and for float8
+arrays upcast to float16, which holds each of their numbers.
 
 The operator wants head dims that are equal and multiples of 8: others are padded with zeros, which changes no score.
 (The memory-efficient operator is never used: its log-sum-exp and long sequences are wrong, pytorch#162588.)
@@ -20,7 +21,7 @@ class TorchCudaKernel:
     name = "torch-cuda"
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        return stored
+        return torch.float16 if stored.itemsize == 1 else stored
 
     def attend(
         self,
