@@ -2,9 +2,10 @@
 
     python benchmarks/storage.py [--gib 4] [--rounds 3] [--folder DIR] [--json FILE]
 
-For each way an array may lie on disk (chunks of 4, 16 and 64 MiB, plain, with crc32c, and by zstd; shards of 64 MiB with
-inner chunks of 4 MiB, plain and with crc32c), float16 [1, 1, tokens, 64], an array of ``--gib`` is written and read from
-end to end in ranges of 64 MiB (two at a time where a reader can), by each reader in turn, in rounds, so that a drifting disk is the same for all:
+For each way an array may lie on disk (chunks of 4, 16 and 64 MiB, plain, with crc32c, and by zstd; shards of 64 MiB
+with inner chunks of 4 MiB, plain and with crc32c), float16 [1, 1, tokens, 64], an array of ``--gib`` is written and
+read from end to end in ranges of 64 MiB (two at a time where a reader can), by each reader in turn, in rounds, so that
+a drifting disk is the same for all:
 
     limit         O_DIRECT preadv of the array's own files, with the threads and block size that were fastest before
     fast path     storage/raw.py
@@ -14,8 +15,8 @@ end to end in ranges of 64 MiB (two at a time where a reader can), by each reade
     memmap        copies out of np.memmap
 
 ``cold``: the files are dropped from the page cache before. ``CPU``: processor seconds of this process per GB.
-``of limit``: the median over the rounds of the ratio to the limit in the same round; ``of TS`` likewise. ``left``: MiB of
-the files in the page cache after a cold read by the fast path.
+``of limit``: the median over the rounds of the ratio to the limit in the same round; ``of TS`` likewise. ``left``: MiB
+of the files in the page cache after a cold read by the fast path.
 """
 
 import argparse
@@ -139,7 +140,7 @@ def by_ranges(count: int) -> Iterator[range]:
 
 def by_array(array: TokenArray, buffers: list[np.ndarray]) -> None:
     """Read all ranges, two at a time, as the prefetcher does."""
-    array.in_flight = IN_FLIGHT // 2
+    array.begin(IN_FLIGHT // 2)
     spans = by_ranges(array.shape[2])
     lock = threading.Lock()
 
@@ -206,7 +207,8 @@ def fio(folder: Path) -> None:
         print("fio: not installed")
         return
     command = ["fio", "--name=read", "--rw=read", "--direct=1", "--bs=4M", "--ioengine=libaio", "--iodepth=8",
-               f"--opendir={folder}", "--file_service_type=sequential", "--output-format=json", "--readonly"]  # fmt: skip
+               f"--opendir={folder}", "--file_service_type=sequential", "--output-format=json",
+               "--readonly"]  # fmt: skip
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     job = json.loads(found[found.index("{") :])["jobs"][0]
     print(f"fio, 4 MiB, libaio, depth 8: {job['read']['bw_bytes'] / 1e9:.2f} GB/s")
@@ -264,13 +266,13 @@ def show(found: dict[str, Any]) -> None:
     cold = found["cold"]
     print(f"\n{found['layout']}{'':<6}" + " cold GB/s     CPU  of limit   of TS   warm GB/s     CPU    left")
     for name, speeds in cold.items():
+        speed, processor = (statistics.median(figures) for figures in zip(*speeds, strict=True))
         ratio = {other: statistics.median(a[0] / b[0] for a, b in zip(speeds, cold[other], strict=False))
                  for other in ("limit", "TensorStore")}  # fmt: skip
         left = f"{found['left_mib']:6.1f}" if name == "fast path" else ""
         print(
-            f"  {name:<24} {statistics.median(s for s, _ in speeds):9.2f} {statistics.median(c for _, c in speeds):7.3f}"
-            f" {ratio['limit']:9.2f} {ratio['TensorStore']:7.2f}   {found['warm'][name][0]:9.2f} "
-            f"{found['warm'][name][1]:7.3f}  {left}",
+            f"  {name:<24} {speed:9.2f} {processor:7.3f} {ratio['limit']:9.2f} {ratio['TensorStore']:7.2f}   "
+            f"{found['warm'][name][0]:9.2f} {found['warm'][name][1]:7.3f}  {left}",
             flush=True,
         )
 

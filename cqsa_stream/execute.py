@@ -258,14 +258,25 @@ def _manifest(
 
 def _check(arrays: dict[str, TokenArray]) -> None:
     for name, array in arrays.items():
-        try:
+        with _naming(name):
             array.check()
-        except ArrayError as error:
-            raise ArrayError(f"{name}: {error}") from error
 
 
 def _fingerprints(arrays: dict[str, TokenArray]) -> dict[str, str]:
-    return {name: fingerprint(array) for name, array in arrays.items()}
+    found = {}
+    for name, array in arrays.items():
+        with _naming(name):
+            found[name] = fingerprint(array)
+    return found
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say which of the arrays an error is about."""
+    try:
+        yield
+    except ArrayError as error:
+        raise ArrayError(f"{name}: {error}") from error
 
 
 def _inherit(options: Options, directory: RunDirectory) -> Options:
@@ -319,7 +330,7 @@ def _refuse_occupied(target: Target, directory: RunDirectory) -> None:
         if path is not None and path.exists() and path not in ours:
             raise InputError(f"{path} exists and is no result of the run in {directory.path}; name another path")
     if directory.path.exists() and not directory.begun:
-        foreign = {p.name for p in directory.path.iterdir()} - {"lock", "run.json.tmp"}
+        foreign = {p.name for p in directory.path.iterdir()} - {"lock", "run.json.tmp", "results.zarr"}
         if foreign:
             raise InputError(
                 f"{directory.path} exists and holds no run but {sorted(foreign)[:3]}; name another --run-dir"
@@ -364,7 +375,8 @@ def _refuse_changed_inputs(manifest: Manifest, prints: dict[str, str]) -> None:
 
 def _discard(directory: RunDirectory) -> None:
     """Remove what an earlier run left, its output included."""
-    for path in {*_results(directory), directory.path / "lse.zarr", directory.path / "partials"}:
+    ours = (directory.path / name for name in ("lse.zarr", "partials", "results.zarr"))
+    for path in {*_results(directory), *ours}:
         if path.exists():
             shutil.rmtree(path)
     for name in ("run.json", "events.jsonl", "session.json"):

@@ -11,8 +11,8 @@ import numpy as np
 from cqsa_stream.errors import InputError
 from cqsa_stream.problem import DTYPES
 from cqsa_stream.storage.atomic import make_directory
-from cqsa_stream.storage.output import create_array, write
 from cqsa_stream.storage.dtypes import numpy_dtype
+from cqsa_stream.storage.output import create_array, write
 
 __all__ = ["generate"]
 
@@ -32,7 +32,7 @@ def generate(
     dtype: str = "bfloat16",
     seed: int = 0,
     chunk_tokens: int | None = None,
-    codec: str = "none",
+    codec: str = "crc32c",
 ) -> list[Path]:
     """Write q.zarr, k.zarr and v.zarr and return their paths. Raises InputError; nothing is overwritten."""
     kv_heads = heads if kv_heads is None else kv_heads

@@ -1,9 +1,9 @@
 """The partial: exact attention of some queries over a part of the keys, and the algebra of merging.
 
-``out`` is normalised, float32 (float64 of float64 inputs); ``lse`` is the natural log-sum-exp of the scores, float64. Partials over disjoint keys
-merge into the partial of the union: associative and commutative to rounding, the identity being ``lse = -inf``. Only
-differences of lse are exponentiated: ``exp(lse)`` itself overflows past 88.7. The weights are float64, since float32
-ones drift to several times the error of one kernel call where scores are large.
+``out`` is normalised, float32 (float64 of float64 inputs); ``lse`` is the natural log-sum-exp of the scores, float64.
+Partials over disjoint keys merge into the partial of the union: associative and commutative to rounding, the identity
+being ``lse = -inf``. Only differences of lse are exponentiated: ``exp(lse)`` itself overflows past 88.7. The weights
+are float64, since float32 ones drift to several times the error of one kernel call where scores are large.
 """
 
 from dataclasses import dataclass

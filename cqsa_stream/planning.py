@@ -18,6 +18,7 @@ from cqsa_stream.schedulers.quorums import quorum_size
 from cqsa_stream.schedulers.traffic import Stored
 from cqsa_stream.storage.arrays import TokenArray
 from cqsa_stream.storage.errors import FullDiskError
+from cqsa_stream.storage.raw import CACHED_BYTES
 
 __all__ = ["CHECKPOINT_EVERY_S", "Options", "plan_run", "refuse_over_budget", "refuse_what_is_not_there"]
 
@@ -147,6 +148,7 @@ def _workload(problem: Problem, arrays: dict[str, TokenArray], device: torch.dev
         out_itemsize=out_itemsize,
         flops=problem.flops,
         staging_bytes=max(array.staging_bytes for array in arrays.values()),
+        kept_bytes=sum(4 * _bytes(array) // array.leaf_bytes for array in arrays.values() if array.leaf_bytes),
         durable=durable,
         resident_output_bytes=0
         if durable
@@ -168,4 +170,10 @@ def _stored(array: TokenArray, heads: int) -> Stored:
         row_bytes=array.shape[3] * dtype_bytes(array.dtype),
         encoding=array.encoding,
         in_memory=array.source == "memory",
+        leaf_bytes=array.leaf_bytes,
+        past_cache=array.encoding != "compressed" and _bytes(array) > CACHED_BYTES,
     )
+
+
+def _bytes(array: TokenArray) -> int:
+    return math.prod(array.shape) * dtype_bytes(array.dtype)

@@ -1,9 +1,9 @@
 """Reading ahead: a thread walks the schedule before the engine and fills host buffers with what is not there yet.
 
-The buffers are allocated once, as whole pages, so that files can be read straight into them; for a CUDA device they are page-locked, so that copies to the
-device run beside the compute. What stands in a buffer and will be used again stays, as far as there are buffers
-(``Residency``: the planner has counted the reads in the same way). A buffer is filled anew only when its last reader
-has let go of it.
+The buffers are allocated once, as whole pages, so that files can be read straight into them; for a CUDA device they are
+page-locked, so that copies to the device run beside the compute. What stands in a buffer and will be used again stays,
+as far as there are buffers (``Residency``: the planner has counted the reads in the same way). A buffer is filled anew
+only when its last reader has let go of it.
 """
 
 import queue
@@ -88,7 +88,7 @@ class Prefetcher:
         reads_at_a_time = min(_READS_AT_A_TIME, layout.in_flight)  # so that the disk has work when one of them ends
         self._loaders = ThreadPoolExecutor(reads_at_a_time, "cqsa-load")
         for array in arrays.values():
-            array.in_flight = layout.in_flight // reads_at_a_time
+            array.begin(layout.in_flight // reads_at_a_time)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="cqsa-prefetch", daemon=True)
 
@@ -150,7 +150,7 @@ class Prefetcher:
             slot.in_use_until.synchronize()
 
     def _load(self, read: Read, slot: _Slot, *, present: bool) -> Loaded:
-        """Read a piece into its slot. One that is present may still be on its way there, but it is handed out before."""
+        """Read a piece into its slot. One that is present may still be on its way: that read is handed out before."""
         array = self._arrays[read.array]
         dtype = numpy_dtype(array.dtype)
         shape = (len(read.heads), len(read.tokens), array.shape[3])

@@ -3,6 +3,7 @@
 run.json        the problem, the grid, the inputs' fingerprints, where the output is; carries its own checksum
 partials/       one file for each row chunk in progress or finished
 lse.zarr        the log-sum-exp of finished rows, unless --lse names another place
+results.zarr    a Zarr group of links to output and lse, so that xarray opens both by name
 events.jsonl    each session's options, plan, checkpoints and end
 session.json    the latest figures of the last session, and the process it runs in
 lock            held while a process works in the run
@@ -106,7 +107,13 @@ class RunDirectory:
             raise InputError(f"{path}: unreadable ({error}); start anew with --fresh") from error
 
     def begin(self, manifest: Manifest) -> None:
-        """Write the manifest, durably."""
+        """Write the manifest, durably; before it the group by which others find the results."""
+        group = self.path / "results.zarr"
+        group.mkdir(exist_ok=True)
+        for name, place in (("output", self.output_path(manifest)), ("lse", self.lse_path(manifest))):
+            (group / name).unlink(missing_ok=True)
+            (group / name).symlink_to(os.path.relpath(place, group))
+        replace_file(group / "zarr.json", [json.dumps({"zarr_format": 3, "node_type": "group"}).encode()])
         replace_file(self.path / "run.json", [manifest.to_json()])
 
     def output_path(self, manifest: Manifest) -> Path:

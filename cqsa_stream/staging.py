@@ -28,7 +28,10 @@ class Stage:
         self._turn = 0
         turns = 0 if self._aliases else 2 if self._cuda else 1
         self._buffers = [
-            {name: torch.empty(layout.block_tokens * width, dtype=compute, device=device) for name, width in widths.items()}
+            {
+                name: torch.empty(layout.block_tokens * width, dtype=compute, device=device)
+                for name, width in widths.items()
+            }
             for _ in range(turns)
         ]
         size = layout.slot_bytes // stored.itemsize if self._cuda and stored != compute else 0

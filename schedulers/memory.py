@@ -38,9 +38,10 @@ class Tile:
 class Workload:
     """The numbers of a problem that planning needs, and what its stored arrays are like.
 
-    ``staging_bytes``: the most that one piece of a read in flight holds besides its buffer. ``stored_itemsize``, ``compute_itemsize``,
-    ``partial_itemsize``, ``out_itemsize``: bytes of one number on disk, on the device, in a partial, in the output. ``durable``: results go to disk, and
-    partials can leave memory for it. ``resident_output_bytes``: an output that stays in memory.
+    ``staging_bytes``: the most that one piece of a read in flight holds besides its buffer. ``stored_itemsize``,
+    ``compute_itemsize``, ``partial_itemsize``, ``out_itemsize``: bytes of one number on disk, on the device, in a
+    partial, in the output. ``durable``: results go to disk, and partials can leave memory for it.
+    ``resident_output_bytes``: an output that stays in memory; ``kept_bytes``: what readers remember.
     """
 
     lanes: int
@@ -55,6 +56,7 @@ class Workload:
     durable: bool
     resident_output_bytes: int
     partial_itemsize: int = 4
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Layout:
     ``rows_per_task`` row chunks' queries and ``resident_rows`` row chunks' partials stand on the device,
     ``parked_rows`` more partials in host memory. Of host buffers of ``slot_bytes``, ``ring_slots`` hold what is read
     ahead and ``cache_slots`` what will be used again: a block of ``block_tokens`` keys or values, or ``query_tokens``
-    queries of all heads of the group. At most ``in_flight`` pieces of reads are under way. A kernel call takes at most a
-    ``tile``; the output is stored ``out_tokens`` at a time; CQS takes every ``stride``-th quorum.
+    queries of all heads of the group. At most ``in_flight`` pieces of reads are under way. A kernel call takes at most
+    a ``tile``; the output is stored ``out_tokens`` at a time; CQS takes every ``stride``-th quorum.
     """
 
     rows_per_task: int
@@ -109,8 +111,9 @@ class Footprint:
 
 
 def slot_bytes(work: Workload, block_tokens: int) -> int:
-    """Return the size of one host buffer: a block of one array, or one token of all the group's queries; in whole pages,
-    and one more, so that it can begin where the numbers do in a page of their file.
+    """Return the size of one host buffer: a block of one array, or one token of all the group's queries.
+
+    In whole pages, and one more, so that numbers can begin in it where they do in a page of their file.
     """
     numbers = max(max(work.head_dim, work.value_dim) * block_tokens, work.group * work.head_dim)
     return (-(-numbers * work.stored_itemsize // PAGE_BYTES) + 1) * PAGE_BYTES
@@ -151,7 +154,7 @@ def footprint(
     }
     staged = {"ring": layout.ring_slots * layout.slot_bytes, "cache": layout.cache_slots * layout.slot_bytes}
     pageable = {
-        "reading": layout.in_flight * work.staging_bytes,
+        "reading": layout.in_flight * work.staging_bytes + work.kept_bytes,
         "writing": layout.out_tokens * 3 * work.value_dim * work.out_itemsize + 8 * work.group * count,
         "output": work.resident_output_bytes,
         "reserved": host_reserved,

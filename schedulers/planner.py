@@ -21,7 +21,7 @@ _TIE = 1.02  # seconds that differ by less are equal: the model is no better tha
 MOST_CHUNKS = 100_000
 _CHOSEN_CHUNKS = 10_303  # the most that the planner takes by itself
 _LEAST_CHUNK_TOKENS = 256  # smaller chunks save little memory and cost much time
-_OUT_CHUNK_BYTES = 4 << 20
+_OUT_CHUNK_BYTES = 16 << 20
 _LEAST_OUT_CHUNK_BYTES = 64 << 10
 _SMALLEST_BLOCK = 256
 _WEIGHED = 3  # numbers of chunks that fit, the fewest first; and of each as many sizes of blocks, the largest first
@@ -157,6 +157,8 @@ class _Search:
         on_disk = [array for array in self.request.arrays if not array.in_memory]
         stored = sum(a.fetched_bytes(range(a.axis_tokens)) * self.work.lanes // a.lanes for a in on_disk)
         total = self.machine.host_total_bytes  # more is not kept by the system; what is free changes every day
+        if on_disk and all(array.past_cache for array in on_disk):
+            stored = moved.fetched_bytes
         cold = moved.fetched_bytes if total is not None and stored > total else min(stored, moved.fetched_bytes)
         return cost(self.work, schedule, layout, moved, self._kernel_s[kind], rates, every, cold, touched)
 
@@ -354,8 +356,8 @@ class _Search:
         )  # fmt: skip
 
     def _out_tokens(self, rows: Axis) -> list[int]:
-        """Return the tokens of one stored output chunk to weigh, dividing the row chunk: 4 MiB's worth or what is small
-        beside the budget; and, so that the least a plan needs does not depend on the budget, 64 KiB's worth.
+        """Return the tokens of one stored output chunk to weigh, dividing the row chunk: 16 MiB's worth or what is
+        small beside the budget; and, so that the least a plan needs does not depend on the budget, 64 KiB's worth.
         """
         if self.request.out_tokens is not None:
             return [self.request.out_tokens]

@@ -23,7 +23,8 @@ class Stored:
     """How an array lies on disk: what a read of some tokens fetches.
 
     ``heads_fetched`` are those of ``lanes`` lanes, which may share chunks that hold several heads. ``encoding``: "raw"
-    where any range of bytes can be read, else what a reader does with each chunk.
+    where any range of bytes can be read, else what a reader does with each chunk. ``leaf_bytes``: where a chunk is read
+    whole only the first time, and then in pieces of this size. ``past_cache``: it is read from the disk every time.
     """
 
     axis_tokens: int
@@ -33,14 +34,32 @@ class Stored:
     encoding: Literal["raw", "checked", "compressed"] = "raw"
     lanes: int = 1
     in_memory: bool = False
+    leaf_bytes: int = 0
+    past_cache: bool = False
 
     def fetched_bytes(self, span: range) -> int:
-        """Return the bytes fetched to read a span in each of the lanes: stored chunks come whole."""
+        """Return the bytes fetched to read a span in each of the lanes: stored chunks, or their leaves, come whole."""
         if not span:
             return 0
+        if self.leaf_bytes:
+            return sum(self._leaves(span, chunk) for chunk in self.chunks(span)) * self.heads_fetched
         first = span.start // self.chunk_tokens * self.chunk_tokens
         stop = min(-(-span.stop // self.chunk_tokens) * self.chunk_tokens, self.axis_tokens)
         return (stop - first) * self.heads_fetched * self.row_bytes
+
+    def chunks(self, span: range) -> range:
+        """Return the stored chunks that hold any of a span."""
+        return range(span.start // self.chunk_tokens, (span.stop - 1) // self.chunk_tokens + 1)
+
+    def rest_bytes(self, span: range, chunk: int) -> int:
+        """Return what the first read of a chunk fetches besides the leaves that hold the span."""
+        return (self.chunk_tokens * self.row_bytes - self._leaves(span, chunk)) * self.heads_fetched
+
+    def _leaves(self, span: range, chunk: int) -> int:
+        start = chunk * self.chunk_tokens
+        first = max(0, span.start - start) * self.row_bytes // self.leaf_bytes * self.leaf_bytes
+        last = min(self.chunk_tokens, span.stop - start) * self.row_bytes
+        return min(-(-last // self.leaf_bytes) * self.leaf_bytes, self.chunk_tokens * self.row_bytes) - first
 
 
 @dataclass(frozen=True)
@@ -133,6 +152,7 @@ class _Count:
         self._offset = {"query": first_query, "key": 0, "value": 0}
         self._slots = Residency(layout.slots, layout.ring_slots - 1)
         self._known: dict[tuple[str, int, int], int] = {}
+        self._checked: set[tuple[str, int]] = set()  # stored chunks that have been read whole
         self._whole: dict[tuple[str, int], tuple[int, int, int]] = {}
         self._left = [len(needed) for needed in self._grid.needed]
         self._begun: set[int] = set()
@@ -184,7 +204,7 @@ class _Count:
         self._tokens[array] += len(tokens)
         self._blocks += 1
         if not self._slots.place((array, tokens.start), next_use)[1]:
-            self._fetched[self._arrays[array].encoding] += self._bytes(array, tokens)
+            self._fetched[self._arrays[array].encoding] += self._bytes(array, tokens) + self._first(array, tokens)
 
     def fetch_all(self, task: Task) -> None:
         """Count all fetches of a task, none of which stands in a buffer."""
@@ -198,6 +218,7 @@ class _Count:
                     parts = list(pieces(span, length))
                     known = len(span), len(parts), sum(self._bytes(array, part) for part in parts)
                     self._whole[array, chunk] = known
+                    self._fetched[self._arrays[array].encoding] += sum(self._first(array, part) for part in parts)
                 self._tokens[array] += known[0]
                 self._blocks += known[1]
                 self._fetched[self._arrays[array].encoding] += known[2]
@@ -209,6 +230,16 @@ class _Count:
             found = self._arrays[array].fetched_bytes(range(tokens.start + offset, tokens.stop + offset))
             self._known[array, tokens.start, tokens.stop] = found
         return found
+
+    def _first(self, array: str, tokens: range) -> int:
+        """Return the bytes by which a read is longer where it is the first of a stored chunk."""
+        stored, offset = self._arrays[array], self._offset[array]
+        if not stored.leaf_bytes:
+            return 0
+        span = range(tokens.start + offset, tokens.stop + offset)
+        new = [chunk for chunk in stored.chunks(span) if (array, chunk) not in self._checked]
+        self._checked.update((array, chunk) for chunk in new)
+        return sum(stored.rest_bytes(span, chunk) for chunk in new)
 
     def computed(self, row: int, pairs: int) -> None:
         self._left[row] -= pairs
@@ -249,6 +280,9 @@ def estimated(
         (arrays[2], times_column, grid.columns, layout.block_tokens, 0, column_hits),
     ):
         fetched[stored.encoding] += _bytes(times, axis, stored, length, offset) * (1 - hits)
+        if stored.leaf_bytes:
+            once = stored.fetched_bytes(range(offset, offset + axis.tokens))
+            fetched[stored.encoding] += once * max(0.0, 1 - length / stored.chunk_tokens)
     one = partial_file_bytes(work, grid.rows.chunk_tokens, grid.columns.chunks)
     visits, begun = sum(times_row), sum(1 for n in times_row if n)
     returns = max(0.0, visits - begun)

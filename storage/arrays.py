@@ -19,12 +19,10 @@ class TokenArray(Protocol):
     """An array ``[batch, head, token, feature]`` that is read piece by piece.
 
     ``source`` is a path or URL, or ``"memory"``; ``stored_chunk`` the shape of what is stored, and hence fetched, whole
-    (``(1, 1, 1, feature)`` where any range can be read), ``encoding`` what a reader has to do with it. A read fetches
-    ``in_flight`` pieces at a time, for the caller to set, each of which holds up to ``staging_bytes`` besides the
-    caller's buffer. ``bytes_read``: what was fetched so far.
+    (``(1, 1, 1, feature)`` where any range can be read), ``encoding`` what a reader has to do with it, ``leaf_bytes``
+    the pieces in which it can be read from the second time on (0: always whole). Each piece of a read in flight holds
+    up to ``staging_bytes`` besides the caller's buffer. ``bytes_read``: what was fetched so far.
     """
-
-    in_flight: int
 
     @property
     def source(self) -> str: ...
@@ -37,9 +35,14 @@ class TokenArray(Protocol):
     @property
     def encoding(self) -> Literal["raw", "checked", "compressed"]: ...
     @property
+    def leaf_bytes(self) -> int: ...
+    @property
     def staging_bytes(self) -> int: ...
     @property
     def bytes_read(self) -> int: ...
+
+    def begin(self, in_flight: int) -> None:
+        """Read ``in_flight`` pieces at a time from now on; what was checked before is checked again."""
 
     def lead(self, batch: int, heads: range, tokens: range) -> int:
         """Return how many bytes behind a page's start a buffer for these rows should begin to be filled fastest."""
@@ -78,10 +81,10 @@ def open_array(source: Any, *, fill_missing: bool = False) -> TokenArray:
 
 
 def _open_numpy(values: np.ndarray) -> TokenArray:
+    from cqsa_stream.storage.files import open_memmap
     from cqsa_stream.storage.memory import MemoryArray
-    from cqsa_stream.storage.raw import RawArray
 
-    file = RawArray.of_memmap(values) if isinstance(values, np.memmap) else None
+    file = open_memmap(values) if isinstance(values, np.memmap) else None
     return file or MemoryArray(values)
 
 
@@ -96,7 +99,7 @@ def _open_zarr_array(array: Any, fill_missing: bool) -> TokenArray:
 
 def _open_named(source: str, fill_missing: bool) -> TokenArray:
     """Open a path, a URL, or ``file#part``: a tensor of a .safetensors file, a plain file's dtype and shape."""
-    from cqsa_stream.storage.raw import RawArray
+    from cqsa_stream.storage.files import open_plain, open_safetensors
     from cqsa_stream.storage.tensorstore_array import TensorStoreArray
 
     if is_url(source) and not source.startswith("file://"):
@@ -109,8 +112,8 @@ def _open_named(source: str, fill_missing: bool) -> TokenArray:
     file, sign, part = str(path).rpartition("#")
     if sign and _exists(Path(file)) and Path(file).is_file():
         if Path(file).suffix == ".safetensors":
-            return RawArray.of_safetensors(Path(file), part)
-        return RawArray.of_file(Path(file), part)
+            return open_safetensors(Path(file), part)
+        return open_plain(Path(file), part)
     raise ArrayError(f"{path}: no such file or directory")
 
 
@@ -122,15 +125,15 @@ def _exists(path: Path) -> bool:
 
 
 def _open_path(path: Path, fill_missing: bool) -> TokenArray:
-    from cqsa_stream.storage.raw import RawArray
+    from cqsa_stream.storage.files import open_npy, open_safetensors
     from cqsa_stream.storage.tensorstore_array import TensorStoreArray
     from cqsa_stream.storage.zarr_files import raw_zarr
 
     if path.is_file():
         if path.suffix == ".npy":
-            return RawArray.of_npy(path)
+            return open_npy(path)
         if path.suffix == ".safetensors":
-            return RawArray.of_safetensors(path, "")
+            return open_safetensors(path, "")
         if path.suffix == ".zip":
             base = {"driver": "file", "path": str(path)}
             return TensorStoreArray.open(str(path), {"driver": "zip", "base": base, "path": ""}, fill_missing)

@@ -19,6 +19,7 @@ def fingerprint(array: TokenArray) -> str:
 
     Raises ArrayError where one cannot be read.
     """
+    array.begin(in_flight=1)  # it is little, and memory is not planned yet
     batch, heads, tokens, features = array.shape
     row_bytes = features * numpy_dtype(array.dtype).itemsize
     step = min(tokens, max(1, _CELL_BYTES // row_bytes))

@@ -16,7 +16,7 @@ class MemoryArray:
 
     source = "memory"
     staging_bytes = 0
-    in_flight = 1
+    leaf_bytes = 0
     encoding: ClassVar[Literal["raw"]] = "raw"
 
     def __init__(self, values: np.ndarray) -> None:
@@ -30,7 +30,7 @@ class MemoryArray:
 
     @classmethod
     def of_tensor(cls, tensor: Any) -> "MemoryArray":
-        """Take a torch tensor, without a copy where it is on the CPU; bfloat16 and float8 become ml_dtypes' types of that name."""
+        """Take a torch tensor, without a copy where it is on the CPU; bfloat16 and float8 become ml_dtypes' types."""
         import torch
 
         if tensor.layout != torch.strided:
@@ -40,6 +40,9 @@ class MemoryArray:
             plain = {1: torch.uint8, 2: torch.uint16}[host.itemsize]
             return cls(host.view(plain).numpy().view(numpy_dtype(name)))
         return cls(host.numpy())
+
+    def begin(self, in_flight: int) -> None:
+        """There is one way to read."""
 
     def lead(self, batch: int, heads: range, tokens: range) -> int:
         return 0

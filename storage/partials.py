@@ -71,8 +71,8 @@ class Header:
 class PartialStore:
     """The partials of one run, in one directory.
 
-    ``row_elements`` gives, for a row, the elements of its lse and out, the latter of ``out_itemsize`` bytes each: what a
-    file claims is checked against them.
+    ``row_elements`` gives, for a row, the elements of its lse and out, the latter of ``out_itemsize`` bytes each: what
+    a file claims is checked against them.
     """
 
     def __init__(

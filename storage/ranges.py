@@ -2,7 +2,7 @@
 
 With O_DIRECT the device writes into the caller's memory, where file position and address agree: both are cut at pages,
 and what hangs over at either end goes through a page beside it. Where they do not agree, pieces go through a bounce
-buffer of the thread's own. Files that are small, and file systems that know no O_DIRECT, are read through the page
+buffer. Files that are small, and file systems that know no O_DIRECT, are read through the page
 cache; of large files, what was read is dropped from it again.
 """
 
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from crc32c import crc32c
@@ -67,19 +67,19 @@ class StoredFile:
 class Piece:
     """A range of a file, ``[start, start + length)``, and where it goes: a uint8 array, or nowhere (only checked).
 
-    ``trailer`` takes the bytes that follow. ``checked``: the CRC-32C of the range is wanted.
+    ``trailer`` takes the bytes that follow. ``checked``: the positions in the file between which CRC-32Cs are wanted.
     """
 
     file: StoredFile
     start: int
     length: int
     place: np.ndarray | None
-    checked: bool = False
+    checked: range | None = None
     trailer: np.ndarray | None = None
 
 
 def cut(
-    file: StoredFile, start: int, length: int, place: np.ndarray | None, most: int, *, checked: bool = False
+    file: StoredFile, start: int, length: int, place: np.ndarray | None, most: int, checked: range | None = None
 ) -> Iterator[Piece]:
     """Cut a range into pieces of about ``most`` bytes that begin at multiples of it in the file."""
     done = 0
@@ -92,37 +92,45 @@ def cut(
 
 
 class _Scratch(threading.local):
-    """A thread's pages for what hangs over, and its bounce buffer, each made when it is needed first."""
+    """A thread's pages for what hangs over."""
 
     def __init__(self) -> None:
         self.pages = np.frombuffer(mmap.mmap(-1, 3 * PAGE), np.uint8)
-        self._bounce: np.ndarray | None = None
-
-    @property
-    def bounce(self) -> np.ndarray:
-        if self._bounce is None:
-            self._bounce = np.frombuffer(mmap.mmap(-1, BOUNCE_BYTES + _SLACK_BYTES + 3 * PAGE), np.uint8)
-        return self._bounce
 
 
 _scratch = _Scratch()
+_bounces: list[np.ndarray] = []  # bounce buffers that nobody uses: never more in all than were needed at a time
+
+
+@contextmanager
+def _bounce() -> Iterator[np.ndarray]:
+    try:
+        buffer = _bounces.pop()
+    except IndexError:
+        buffer = np.frombuffer(mmap.mmap(-1, BOUNCE_BYTES + _SLACK_BYTES + 3 * PAGE), np.uint8)
+    try:
+        yield buffer
+    finally:
+        _bounces.append(buffer)
+
+
 _pool: ThreadPoolExecutor | None = None
 
 
 def _forget_pool() -> None:
-    global _pool  # noqa: PLW0603 - a forked child has none of its threads
+    global _pool
     _pool = None
 
 
 os.register_at_fork(after_in_child=_forget_pool)
 
 
-def read_pieces(pieces: Sequence[Piece], in_flight: int) -> list[int]:
-    """Read pieces, ``in_flight`` at a time, and return the checksum of each (0 where none is wanted).
+def read_pieces(pieces: Sequence[Piece], in_flight: int) -> list[list[tuple[int, int]]]:
+    """Read pieces, ``in_flight`` at a time; return (length, checksum) of each part of each whose checksum is wanted.
 
     Raises ArrayError; whatever happens, no place is written after the call.
     """
-    found = [0] * len(pieces)
+    found: list[list[tuple[int, int]]] = [[] for _ in pieces]
     turns = iter(range(len(pieces)))  # taking the next of it is atomic
     failed = threading.Event()
 
@@ -148,7 +156,7 @@ def read_pieces(pieces: Sequence[Piece], in_flight: int) -> list[int]:
 
 
 def _executor() -> ThreadPoolExecutor:
-    global _pool  # noqa: PLW0603
+    global _pool
     if _pool is None:
         _pool = ThreadPoolExecutor(MOST_IN_FLIGHT - 1, "cqsa-read")
     return _pool
@@ -179,7 +187,7 @@ def _reason(error: OSError) -> str:
     return f"a stored chunk is missing, {_CURE}" if isinstance(error, FileNotFoundError) else str(error.strerror)
 
 
-def _read(piece: Piece, *, direct: bool = True) -> int:
+def _read(piece: Piece, *, direct: bool = True) -> list[tuple[int, int]]:
     try:
         with opened(piece.file, direct=direct) as (number, past_cache):
             return _read_opened(piece, number, direct=past_cache)
@@ -189,10 +197,13 @@ def _read(piece: Piece, *, direct: bool = True) -> int:
         raise ArrayError(f"{piece.file.path}: reading failed at byte {piece.start}: {error.strerror}") from error
 
 
-def _read_opened(piece: Piece, number: int, *, direct: bool) -> int:
-    place = _scratch.bounce[: piece.length] if piece.place is None else piece.place
-    if direct and (_address(place) - piece.start) % _SECTOR:
-        return _fill_by_bounce(number, piece)
+def _read_opened(piece: Piece, number: int, *, direct: bool) -> list[tuple[int, int]]:
+    place = piece.place
+    if place is None or (direct and (_address(place) - piece.start) % _SECTOR):
+        with _bounce() as bounce:
+            if direct:
+                return _fill_by_bounce(number, piece, bounce)
+            return _read_opened(replace(piece, place=bounce[: piece.length]), number, direct=False)
     if direct:
         _fill_directly(number, piece, place)
     else:
@@ -200,7 +211,19 @@ def _read_opened(piece: Piece, number: int, *, direct: bool) -> int:
         if not piece.file.cached:
             with suppress(OSError):
                 os.posix_fadvise(number, piece.start, piece.length, os.POSIX_FADV_DONTNEED)
-    return crc32c(place.data) if piece.checked else 0
+    return _checksums(piece, piece.start, place)
+
+
+def _checksums(piece: Piece, start: int, values: np.ndarray) -> list[tuple[int, int]]:
+    """Return (length, checksum) of what lies between the positions named by the piece; values begin at ``start``."""
+    if piece.checked is None:
+        return []
+    found, done, unit = [], 0, piece.checked.step
+    while done < len(values):
+        count = min(len(values) - done, unit - (start + done - piece.checked.start) % unit)
+        found.append((count, crc32c(values[done : done + count].data)))
+        done += count
+    return found
 
 
 def _fill_directly(number: int, piece: Piece, place: np.ndarray) -> None:
@@ -219,29 +242,28 @@ def _fill_directly(number: int, piece: Piece, place: np.ndarray) -> None:
         _copy_out(views, over + piece.length, trailer)
 
 
-def _fill_by_bounce(number: int, piece: Piece) -> int:
-    """Read whole pages into the thread's bounce buffer, part by part, and copy; return the checksum, if wanted.
+def _fill_by_bounce(number: int, piece: Piece, bounce: np.ndarray) -> list[tuple[int, int]]:
+    """Read whole pages into the bounce buffer, part by part, and copy; return the checksums that are wanted.
 
     Each part is checked before it is copied: what has just been read is still near the processor.
     """
-    checksum = done = 0
+    found, done = [], 0
     while done < piece.length:
         left = piece.length - done
         length = left if left <= BOUNCE_BYTES + _SLACK_BYTES else BOUNCE_BYTES
         trailer = _trailer(piece) if length == left else []
         over = (piece.start + done) % PAGE
         wanted = over + length + sum(map(len, trailer))
-        views = [_scratch.bounce[: -(-wanted // PAGE) * PAGE]]
+        views = [bounce[: -(-wanted // PAGE) * PAGE]]
         _fill(number, piece, views, piece.start + done - over, at_least=wanted)
         part = views[0][over : over + length]
-        if piece.checked:
-            checksum = crc32c(part.data, checksum)
+        found += _checksums(piece, piece.start + done, part)
         if piece.place is not None:
             np.copyto(piece.place[done : done + length], part)
         for target in trailer:
             _copy_out(views, over + length, target)
         done += length
-    return checksum
+    return found
 
 
 def _copy_out(views: list[np.ndarray], start: int, target: np.ndarray) -> None:

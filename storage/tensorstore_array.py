@@ -16,7 +16,7 @@ from cqsa_stream.storage.raw import CURES
 __all__ = ["TensorStoreArray", "clean_message", "context"]
 
 _REFUSES_MISSING = ("n5", "zarr", "zarr2", "zarr3")  # drivers that can tell a missing chunk from one of zeros
-_RETRIES = {"max_retries": 5, "initial_delay": "200ms", "max_delay": "5s"}
+_RETRIES = {"max_retries": 3, "initial_delay": "200ms", "max_delay": "1s"}
 
 
 def context() -> ts.Context:
@@ -39,6 +39,7 @@ def clean_message(error: Exception) -> str:
 class TensorStoreArray:
     """Fetches whole stored chunks, ``in_flight`` at a time, and copies what was asked for into the caller's buffer."""
 
+    leaf_bytes = 0
     encoding: ClassVar[Literal["compressed"]] = "compressed"
 
     def __init__(self, store: ts.TensorStore, source: str) -> None:
@@ -77,6 +78,9 @@ class TensorStoreArray:
         if any(store.domain.origin):
             store = store[ts.d[:].translate_to[0]]
         return cls(store, source or (str(Path(path)) if path else "memory"))
+
+    def begin(self, in_flight: int) -> None:
+        self.in_flight = in_flight
 
     def lead(self, batch: int, heads: range, tokens: range) -> int:
         return 0

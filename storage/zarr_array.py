@@ -16,8 +16,8 @@ class ZarrArray:
     """A ``zarr.Array`` as a token array: zarr-python fetches and decodes the chunks."""
 
     source = "memory"  # it cannot be opened again by its name
+    leaf_bytes = 0
     encoding: ClassVar[Literal["compressed"]] = "compressed"
-    in_flight = 1
 
     def __init__(self, array: Any, fill_missing: bool) -> None:
         self._array = array
@@ -27,6 +27,9 @@ class ZarrArray:
         self.stored_chunk = tuple(max(1, min(n, m)) for n, m in zip(array.chunks, self.shape, strict=True))
         self.staging_bytes = 3 * math.prod(array.chunks) * numpy_dtype(self.dtype).itemsize  # stored, decoded, cut
         self.bytes_read = 0
+
+    def begin(self, in_flight: int) -> None:
+        """There is one way to read."""
 
     def lead(self, batch: int, heads: range, tokens: range) -> int:
         return 0

@@ -1,7 +1,7 @@
 """bfloat16 and float8 for zarr-python, which has no names for them: arrays written by TensorStore or here open there.
 
-Importing ``cqsa_stream.storage`` registers them, before or after zarr. (zarr-python 3.1 collects entry points of the group
-"zarr.data_type", but never loads them.)
+Importing ``cqsa_stream.storage`` registers them, before or after zarr. (zarr-python 3.1 collects entry points of the
+group "zarr.data_type", but never loads them.)
 """
 
 from collections.abc import Mapping

@@ -1,20 +1,31 @@
 """The contract that every token array passes. A new back end is one line in FORMATS."""
 
-from collections.abc import Callable
+import multiprocessing
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import dask.array
 import ml_dtypes
+import numcodecs
 import numpy as np
 import pytest
+import safetensors.torch
+import tensorstore as ts
 import torch
+import xarray
 import zarr
 
 from cqsa_stream.storage.arrays import TokenArray, open_array
+from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.fingerprint import fingerprint
 from cqsa_stream.storage.output import create_array, open_for_writing, write
-from cqsa_stream.storage.dtypes import numpy_dtype
+from tests.servers import BUCKET, http_server, s3_server
 
 SHAPE = (2, 3, 100, 8)
 Maker = Callable[[Path, np.ndarray], Any]
@@ -22,8 +33,8 @@ Maker = Callable[[Path, np.ndarray], Any]
 
 def by_zarr(**options: Any) -> Maker:
     def make(path: Path, values: np.ndarray) -> Path:
-        settings: dict[str, Any] = {"chunks": (1, 1, 30, 8), "config": {"write_empty_chunks": True}, **options}
-        array = zarr.create_array(path / "a.zarr", shape=values.shape, dtype=values.dtype, **settings)
+        settings = {"dtype": values.dtype, "chunks": (1, 1, 30, 8), "config": {"write_empty_chunks": True}, **options}
+        array = zarr.create_array(path / "a.zarr", shape=values.shape, **settings)
         array[...] = values
         return path / "a.zarr"
 
@@ -39,6 +50,107 @@ def by_tensorstore(codec: str, chunk: tuple[int, ...]) -> Maker:
     return make
 
 
+def by_n5(path: Path, values: np.ndarray) -> Path:
+    metadata = {"dimensions": values.shape, "blockSize": [1, 1, 30, 8], "dataType": values.dtype.name,
+                "compression": {"type": "gzip"}}  # fmt: skip
+    spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{path}/a.n5/"}, "metadata": metadata,
+            "store_data_equal_to_fill_value": True}  # fmt: skip
+    ts.open(spec, create=True).result().write(values).result()
+    return path / "a.n5"
+
+
+def by_dask(path: Path, values: np.ndarray) -> Path:
+    dask.array.to_zarr(dask.array.from_array(values, chunks=(1, 3, 40, 8)), str(path / "a.zarr"))
+    return path / "a.zarr"
+
+
+def by_xarray(path: Path, values: np.ndarray) -> Path:
+    named = xarray.DataArray(values, dims=("batch", "head", "token", "feature"), name="a")
+    named.to_dataset().to_zarr(path / "group.zarr", encoding={"a": {"chunks": (1, 1, 30, 8)}}, consolidated=False)
+    return path / "group.zarr" / "a"
+
+
+def by_sharding(inner: str, **more: Any) -> Maker:
+    """Shards whose index stands at the start or the end, of inner chunks with the codecs of ``create_array``."""
+
+    def make(path: Path, values: np.ndarray) -> Path:
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        codecs = {"none": [little], "crc32c": [little, {"name": "crc32c"}]}[inner]
+        settings = {"chunk_shape": [1, 1, 10, 8], "codecs": codecs, **more}
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/a.zarr/"},
+                "metadata": {"shape": values.shape, "data_type": values.dtype.name,
+                             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, 3, 40, 8]}},
+                             "codecs": [{"name": "sharding_indexed", "configuration": settings}]},
+                "store_data_equal_to_fill_value": True}  # fmt: skip
+        ts.open(spec, create=True).result().write(values).result()
+        return path / "a.zarr"
+
+    return make
+
+
+def in_archive(path: Path, values: np.ndarray) -> Path:
+    with zipfile.ZipFile(path / "a.zip", "w") as archive:
+        made = by_zarr(zarr_format=2)(path, values)
+        for file in sorted(p for p in made.rglob("*") if p.is_file()):
+            archive.write(file, file.relative_to(made))
+    return path / "a.zip"
+
+
+def in_chained_archive(path: Path, values: np.ndarray) -> str:
+    with zipfile.ZipFile(path / "b.zip", "w") as archive:
+        made = by_zarr()(path, values)
+        for file in sorted(p for p in made.rglob("*") if p.is_file()):
+            archive.write(file, file.relative_to(path))
+    return f"zip://a.zarr::file://{path}/b.zip"
+
+
+def over_http(path: Path, values: np.ndarray) -> str:
+    return f"{SERVED['http']}{by_zarr()(path, values)}"
+
+
+def over_s3(path: Path, values: np.ndarray) -> str:
+    folder = f"{path.name}/a.zarr"
+    store = {"driver": "s3", "bucket": BUCKET, "path": f"{folder}/", "endpoint": SERVED["s3"],
+             "aws_region": "us-east-1", "aws_credentials": {"type": "environment"}}  # fmt: skip
+    spec = {"driver": "zarr3", "kvstore": store,
+            "metadata": {"shape": values.shape, "data_type": values.dtype.name,
+                         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, 1, 30, 8]}}},
+            "store_data_equal_to_fill_value": True}  # fmt: skip
+    ts.open(spec, create=True).result().write(values).result()
+    return f"s3://{BUCKET}/{folder}"
+
+
+SERVED: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def served() -> Iterator[None]:
+    with http_server() as url, s3_server() as endpoint:
+        SERVED.update(http=url, s3=endpoint)
+        yield
+
+
+def in_safetensors(path: Path, values: np.ndarray) -> str:
+    tensors = {"other": torch.ones(3), "keys.0": tensor(path, values).contiguous()}
+    safetensors.torch.save_file(tensors, path / "model.safetensors")
+    return f"{path}/model.safetensors#keys.0"
+
+
+def plain(path: Path, values: np.ndarray) -> str:
+    (path / "a.bin").write_bytes(values.tobytes())
+    return f"{path}/a.bin#{values.dtype.name}:{','.join(map(str, values.shape))}"
+
+
+def plain_map(path: Path, values: np.ndarray) -> np.ndarray:
+    return np.memmap(plain(path, values).partition("#")[0], values.dtype, "r", shape=values.shape)
+
+
+def part_of_a_map(path: Path, values: np.ndarray) -> np.ndarray:
+    np.save(path / "b.npy", np.concatenate([values, values[::-1]]))
+    mapped: np.ndarray = np.load(path / "b.npy", mmap_mode="r")
+    return mapped[:2]
+
+
 def npy(path: Path, values: np.ndarray) -> Path:
     np.save(path / "a.npy", values)
     return path / "a.npy"
@@ -50,13 +162,41 @@ def memmap(path: Path, values: np.ndarray) -> np.ndarray:
 
 
 def tensor(path: Path, values: np.ndarray) -> torch.Tensor:
-    if values.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
+    if values.dtype.kind == "V" or values.dtype == ml_dtypes.bfloat16:
+        plain = values.view(np.uint16 if values.itemsize == 2 else np.uint8)
+        return torch.from_numpy(plain).view(getattr(torch, values.dtype.name))
     return torch.from_numpy(values)
 
 
 FORMATS: dict[str, tuple[Maker, tuple[str, ...]]] = {
-    "zarr v2 raw": (by_zarr(zarr_format=2, compressors=None), ("float32", "float16")),
+    "zarr v2 raw": (by_zarr(zarr_format=2, compressors=None), ("float64", "float32", "float16")),
+    "zarr v2 blosc": (by_zarr(zarr_format=2, compressors=numcodecs.Blosc()), ("float32",)),
+    "zarr v2 Fortran order": (by_zarr(zarr_format=2, order="F"), ("float32",)),
+    "zarr v2 Fortran order raw": (by_zarr(zarr_format=2, order="F", compressors=None), ("float16",)),
+    "zarr v2 big endian": (by_zarr(zarr_format=2, dtype=">f4", compressors=None), ("float32",)),
+    "zarr v3 big endian": (by_zarr(serializer=zarr.codecs.BytesCodec(endian="big"), compressors=None), ("float32",)),
+    "zarr v3 gzip": (by_zarr(compressors=zarr.codecs.GzipCodec()), ("float32",)),
+    "zarr v3 crc32c": (by_zarr(compressors=zarr.codecs.Crc32cCodec()), ("float32",)),
+    "zarr v3 transposed": (
+        by_zarr(filters=zarr.codecs.TransposeCodec(order=(3, 1, 0, 2)), compressors=None),
+        ("float32",),
+    ),
+    "zarr v3 v2 keys": (by_zarr(chunk_key_encoding={"name": "v2", "separator": "."}, compressors=None), ("float32",)),
+    "n5": (by_n5, ("float32",)),
+    "dask": (by_dask, ("float32",)),
+    "xarray": (by_xarray, ("float32",)),
+    "shards": (by_sharding("none"), ("float32", "bfloat16", "float8_e5m2")),
+    "shards with crc32c": (by_sharding("crc32c"), ("float32", "bfloat16")),
+    "shards with the index first": (by_sharding("crc32c", index_location="start"), ("float16",)),
+    "zip": (in_archive, ("float32",)),
+    "zip by a chain": (in_chained_archive, ("float16",)),
+    "http": (over_http, ("float32",)),
+    "s3": (over_s3, ("float32", "bfloat16")),
+    "safetensors": (in_safetensors, ("float32", "bfloat16", "float8_e4m3fn")),
+    "plain file": (plain, ("float32", "bfloat16", "float8_e5m2", "float64")),
+    "plain memory map": (plain_map, ("float32",)),
+    "part of a memory map": (part_of_a_map, ("float32",)),
+    "zarr in memory": (lambda path, values: zarr.array(values, chunks=(1, 1, 30, 8)), ("float32", "bfloat16")),
     "zarr v2 zstd": (by_zarr(zarr_format=2), ("float32",)),
     "zarr v3 raw": (by_zarr(compressors=None), ("float32", "float16")),
     "zarr v3 zstd": (by_zarr(), ("float32",)),
@@ -65,12 +205,16 @@ FORMATS: dict[str, tuple[Maker, tuple[str, ...]]] = {
     "zarr v3 chunks larger than the array": (by_zarr(chunks=(4, 4, 300, 8), compressors=None), ("float16",)),
     "zarr v3 split features": (by_zarr(chunks=(1, 1, 40, 4), compressors=None), ("float32",)),
     "tensorstore raw": (by_tensorstore("none", (1, 1, 30, 8)), ("float32", "bfloat16")),
-    "tensorstore crc32c": (by_tensorstore("crc32c", (1, 1, 30, 8)), ("float32", "float16", "bfloat16")),
+    "tensorstore crc32c": (
+        by_tensorstore("crc32c", (1, 1, 30, 8)),
+        ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+    ),
+    "tensorstore crc32c, several heads": (by_tensorstore("crc32c", (2, 2, 30, 8)), ("float32",)),
     "tensorstore zstd": (by_tensorstore("zstd", (2, 3, 100, 8)), ("bfloat16",)),
     "npy": (npy, ("float32", "float16")),
     "memory map": (memmap, ("float32",)),
     "numpy": (lambda path, values: values, ("float32", "bfloat16")),
-    "torch": (tensor, ("float32", "float16", "bfloat16")),
+    "torch": (tensor, ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")),
     "zarr object": (lambda path, values: zarr.open_array(by_zarr()(path, values)), ("float32",)),
     "tensorstore object": (
         lambda path, values: open_for_writing(by_tensorstore("none", (1, 1, 30, 8))(path, values)),
@@ -81,7 +225,7 @@ CASES = [(name, dtype) for name, (_, dtypes) in FORMATS.items() for dtype in dty
 
 
 def numbers(dtype: str) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(SHAPE).astype(numpy_dtype(dtype))
+    return np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32).astype(numpy_dtype(dtype))
 
 
 def read(array: TokenArray, batch: int, heads: range, tokens: range) -> np.ndarray:
@@ -90,8 +234,14 @@ def read(array: TokenArray, batch: int, heads: range, tokens: range) -> np.ndarr
     return buffer
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::zarr.errors.ZarrUserWarning")
+@pytest.mark.parametrize("past_cache", [False, True])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_contract(name: str, dtype: str, tmp_path: Path) -> None:
+def test_contract(name: str, dtype: str, past_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, once as small arrays are read and once as large ones are: past the page cache."""
+    if past_cache:
+        for module in ("raw", "zarr_files"):
+            monkeypatch.setattr(f"cqsa_stream.storage.{module}.CACHED_BYTES", -1)
     values = numbers(dtype)
     array = open_array(FORMATS[name][0](tmp_path, values))
     assert array.shape == SHAPE
@@ -99,6 +249,7 @@ def test_contract(name: str, dtype: str, tmp_path: Path) -> None:
     assert len(array.stored_chunk) == 4
     assert array.staging_bytes >= 0
     array.check()
+    array.begin(in_flight=3)
     for batch, heads, tokens in [
         (0, range(0, 3), range(0, 100)),
         (1, range(1, 3), range(29, 91)),
@@ -109,6 +260,9 @@ def test_contract(name: str, dtype: str, tmp_path: Path) -> None:
         expected = values[batch, heads.start : heads.stop, tokens.start : tokens.stop]
         assert found.tobytes() == expected.tobytes()
     assert array.bytes_read >= (3 * 100 + 2 * 62 + 1 + 30) * 8 * values.itemsize
+    lead = array.lead(1, range(2, 3), range(29, 91))
+    assert 0 <= lead < 4096
+    assert lead % 64 == 0
     other = open_array(values)
     assert fingerprint(array) == fingerprint(other)
     changed = values.copy()
@@ -150,14 +304,121 @@ def test_a_truncated_chunk_is_named(name: str, tmp_path: Path) -> None:
         use()
 
 
-def test_a_flipped_bit_under_crc32c_is_refused(tmp_path: Path) -> None:
-    path = FORMATS["tensorstore crc32c"][0](tmp_path, numbers("float32"))
+WITH_CRC = ["tensorstore crc32c", "tensorstore crc32c, several heads", "shards with crc32c"]
+
+
+@pytest.mark.parametrize("name", WITH_CRC)
+@pytest.mark.parametrize("place", [0, 100, -1])
+def test_a_flipped_bit_under_crc32c_is_refused(name: str, place: int, tmp_path: Path) -> None:
+    path = FORMATS[name][0](tmp_path, numbers("float32"))
     file = chunk_files(path)[0]
     data = bytearray(file.read_bytes())
-    data[100] ^= 4
+    data[place] ^= 4
     file.write_bytes(data)
-    with pytest.raises(ArrayError, match="fails its crc32c"):
-        read(open_array(path), 0, range(3), range(100))
+    for tokens in (range(3, 5), range(100)):
+        with pytest.raises(ArrayError, match=r"a\.zarr/c/0/0/0/0.*fails its crc32c.*again"):
+            read(open_array(path), 0, range(3) if tokens.start == 0 else range(1), tokens)
+
+
+@pytest.mark.parametrize("name", ["zarr v3 raw", "tensorstore crc32c", "shards", "npy"])
+@pytest.mark.parametrize("change", [-4, 4])
+def test_a_file_of_another_length_is_refused(name: str, change: int, tmp_path: Path) -> None:
+    if name == "npy" and change > 0:
+        return  # numpy too takes what follows for somebody else's
+    path = FORMATS[name][0](tmp_path, numbers("float32"))
+    array = open_array(path)
+    file = path if path.is_file() else chunk_files(path)[0]
+    data = file.read_bytes()
+    file.write_bytes(data[:change] if change < 0 else data + b"more")
+    for use in (lambda: array.check(), lambda: read(array, 0, range(3), range(100))):
+        with pytest.raises(ArrayError, match=r"a\.(zarr/c/0/0/0/0|npy): .*(expected|crc32c).*again"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["zarr v3 raw", "zarr v3 zstd", "shards", "zarr in memory"])
+def test_a_missing_chunk_is_refused_in_reading_too(name: str, tmp_path: Path) -> None:
+    made = FORMATS[name][0](tmp_path, numbers("float32"))
+    if isinstance(made, Path):
+        array = open_array(made)
+        chunk_files(made)[0].unlink()
+        with pytest.raises(ArrayError, match=r"missing"):
+            read(array, 0, range(3), range(100))
+    else:
+        empty = zarr.create_array({}, shape=SHAPE, chunks=(1, 1, 30, 8), dtype="float32")
+        empty[:, :, :90] = 1
+        with pytest.raises(ArrayError, match=r"6 stored chunks are missing.*--fill-missing"):
+            open_array(empty).check()
+
+
+def test_a_missing_inner_chunk_is_named(tmp_path: Path) -> None:
+    settings: Any = {"chunks": (1, 1, 10, 8), "shards": (1, 3, 40, 8), "compressors": None}
+    array = zarr.create_array(tmp_path / "a.zarr", shape=SHAPE, dtype="float32", **settings)
+    array[:, :, :90] = numbers("float32")[:, :, :90]
+    found = open_array(tmp_path / "a.zarr")
+    assert found.encoding == "raw"
+    with pytest.raises(ArrayError, match=r"inner chunk .* is missing"):
+        found.check()
+    with pytest.raises(ArrayError, match=r"inner chunk .* is missing"):
+        read(found, 0, range(3), range(85, 100))
+
+
+def test_a_damaged_index_of_a_shard_is_refused(tmp_path: Path) -> None:
+    path = FORMATS["shards"][0](tmp_path, numbers("float32"))
+    file = chunk_files(path)[0]
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ArrayError, match=r"index of the shard fails its crc32c"):
+        open_array(path).check()
+
+
+@pytest.mark.parametrize("name", ["zarr v3 raw", "tensorstore crc32c", "zarr v3 zstd", "npy"])
+def test_what_may_not_be_read_is_told(name: str, tmp_path: Path) -> None:
+    """As root nothing is forbidden, so another user tries."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = FORMATS[name][0](Path(folder), numbers("float32"))
+        array, file = open_array(path), path if path.is_file() else chunk_files(path)[0]
+        file.chmod(0)
+        Path(folder).chmod(0o755)
+        me = os.geteuid()
+        try:
+            if me == 0:
+                os.seteuid(65534)
+            with pytest.raises(ArrayError, match=r"(?i)a\.(zarr|npy).*permission"):
+                read(array, 0, range(3), range(100))
+        finally:
+            os.seteuid(me)
+
+
+def test_a_server_that_does_not_answer_is_told_soon() -> None:
+    with pytest.raises(ArrayError, match=r"http://127\.0\.0\.1:9/a\.zarr"):
+        open_array("http://127.0.0.1:9/a.zarr")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("ftp://host/a.zarr", "ftp:// is not known"),
+        ("tar://a::file:///b.tar", "tar:: is not known"),
+        ("{}/model.safetensors#none", "no tensor of this name.*keys.0, other"),
+        ("{}/model.safetensors", "no tensor of this name"),
+        ("{}/model.safetensors#other", None),
+        ("{}/a.bin#int8:1,2", "dtype and a shape"),
+        ("{}/a.bin#float32:1,2,x", "dtype and a shape"),
+        ("{}/a.bin", "as a.bin#bfloat16:1,8,4096,64"),
+        ("{}/broken.safetensors#a", "not a readable .safetensors"),
+        ("{}/none.bin#float32:1", "no such file"),
+    ],
+)
+def test_names_of_places(source: str, message: str | None, tmp_path: Path) -> None:
+    in_safetensors(tmp_path, numbers("float32"))
+    plain(tmp_path, numbers("float32"))
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 8 + b"{}")
+    if message is None:
+        assert open_array(source.format(tmp_path)).shape == (3,)
+        return
+    with pytest.raises(ArrayError, match=message):
+        open_array(source.format(tmp_path))
 
 
 def test_a_short_npy_is_refused(tmp_path: Path) -> None:
@@ -192,11 +453,43 @@ def test_damaged_metadata_is_refused(damage: bytes, tmp_path: Path) -> None:
         open_array(path)
 
 
-def test_the_output_is_open_to_others(tmp_path: Path) -> None:
-    path = FORMATS["tensorstore crc32c"][0](tmp_path, numbers("float32"))
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_what_is_written_is_open_to_others(dtype: str, tmp_path: Path) -> None:
+    values = numbers(dtype)
+    path = by_tensorstore("crc32c", (1, 1, 30, 8))(tmp_path, values)
     found = zarr.open_array(path, mode="r")
     assert found.metadata.dimension_names == ("batch", "head", "token", "feature")  # type: ignore[union-attr]
-    np.testing.assert_array_equal(np.asarray(found[...]), numbers("float32"))
+    assert np.asarray(found[...]).tobytes() == values.tobytes()
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
+    assert ts.open(spec).result().read().result().tobytes() == values.tobytes()
+    zarr.create_group(tmp_path / "group")
+    (tmp_path / "group" / "out").symlink_to(path)
+    named = xarray.open_zarr(tmp_path / "group", consolidated=False)["out"]
+    assert named.dims == ("batch", "head", "token", "feature")
+    assert named.to_numpy().tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_zarr_python_writes_what_others_read(dtype: str, tmp_path: Path) -> None:
+    values = numbers(dtype)
+    array = zarr.create_array(tmp_path / "a.zarr", shape=SHAPE, dtype=values.dtype, chunks=(1, 1, 30, 8), fill_value=1)
+    array[...] = values
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path}/a.zarr/"}}
+    assert ts.open(spec).result().read().result().tobytes() == values.tobytes()
+    assert float(zarr.open_array(tmp_path / "a.zarr").fill_value) == 1
+
+
+def test_an_array_is_read_in_a_spawned_process(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for name in ("tensorstore crc32c", "zarr v3 zstd"):
+            (tmp_path / name).mkdir()
+            path = FORMATS[name][0](tmp_path / name, numbers("float32"))
+            read(open_array(path), 0, range(3), range(100))
+            assert pool.submit(fingerprint_of, str(path)).result() == fingerprint(open_array(path))
+
+
+def fingerprint_of(path: str) -> str:
+    return fingerprint(open_array(path))
 
 
 def test_zeros_are_stored_too(tmp_path: Path) -> None:

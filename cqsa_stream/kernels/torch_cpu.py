@@ -1,6 +1,7 @@
 """torch's flash attention for CPU, by the aten operator that returns the log-sum-exp.
 
-16-bit and 8-bit tiles are computed in float32: as fast there, and each tile would otherwise be rounded to 16 bits before merging.
+16-bit and 8-bit tiles are computed in float32: as fast there, and each tile would otherwise be rounded to 16 bits
+before merging.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""torch's flash attention on CUDA, by the aten operator that returns the log-sum-exp; for float16 and bfloat16, and for float8
-arrays upcast to float16, which holds each of their numbers.
+"""torch's flash attention on CUDA, by the aten operator that returns the log-sum-exp; for float16 and bfloat16, and for
+float8 arrays upcast to float16, which holds each of their numbers.
 
 The operator wants head dims that are equal and multiples of 8: others are padded with zeros, which changes no score.
 (The memory-efficient operator is never used: its log-sum-exp and long sequences are wrong, pytorch#162588.)
