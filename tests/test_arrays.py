@@ -19,6 +19,7 @@ import tensorstore as ts
 import torch
 import xarray
 import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec
 
 from cqsa_stream.storage.arrays import TokenArray, open_array
 from cqsa_stream.storage.dtypes import numpy_dtype
@@ -60,7 +61,8 @@ def by_n5(path: Path, values: np.ndarray) -> Path:
 
 
 def by_dask(path: Path, values: np.ndarray) -> Path:
-    dask.array.to_zarr(dask.array.from_array(values, chunks=(1, 3, 40, 8)), str(path / "a.zarr"))
+    chunked: Any = dask.array
+    chunked.to_zarr(chunked.from_array(values, chunks=(1, 3, 40, 8)), str(path / "a.zarr"))
     return path / "a.zarr"
 
 
@@ -174,11 +176,11 @@ FORMATS: dict[str, tuple[Maker, tuple[str, ...]]] = {
     "zarr v2 Fortran order": (by_zarr(zarr_format=2, order="F"), ("float32",)),
     "zarr v2 Fortran order raw": (by_zarr(zarr_format=2, order="F", compressors=None), ("float16",)),
     "zarr v2 big endian": (by_zarr(zarr_format=2, dtype=">f4", compressors=None), ("float32",)),
-    "zarr v3 big endian": (by_zarr(serializer=zarr.codecs.BytesCodec(endian="big"), compressors=None), ("float32",)),
-    "zarr v3 gzip": (by_zarr(compressors=zarr.codecs.GzipCodec()), ("float32",)),
-    "zarr v3 crc32c": (by_zarr(compressors=zarr.codecs.Crc32cCodec()), ("float32",)),
+    "zarr v3 big endian": (by_zarr(serializer=BytesCodec(endian="big"), compressors=None), ("float32",)),
+    "zarr v3 gzip": (by_zarr(compressors=GzipCodec()), ("float32",)),
+    "zarr v3 crc32c": (by_zarr(compressors=Crc32cCodec()), ("float32",)),
     "zarr v3 transposed": (
-        by_zarr(filters=zarr.codecs.TransposeCodec(order=(3, 1, 0, 2)), compressors=None),
+        by_zarr(filters=TransposeCodec(order=(3, 1, 0, 2)), compressors=None),
         ("float32",),
     ),
     "zarr v3 v2 keys": (by_zarr(chunk_key_encoding={"name": "v2", "separator": "."}, compressors=None), ("float32",)),

@@ -39,6 +39,29 @@ def test_exact(dtype: torch.dtype, causal: bool, schedule: str) -> None:
         assert (lse.double() - expected_lse).abs().max() <= step * max(1.0, float(expected_lse.abs().max())), kind
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_is_upcast_on_the_device(dtype: torch.dtype, tmp_path: Path) -> None:
+    q, k, v = (x.to(dtype) for x in inputs("normal", torch.float32, 4, 2, 3000, 64))
+    expected, _ = dense(q, k, v, causal=True)
+    wide = [x.half().cuda() for x in (q, k, v)]
+    in_core = scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True).cpu()
+    options: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "device": "cuda", "chunks": 13}
+    out = cqsa.attention(q, k, v, **options)
+    assert out.dtype == torch.bfloat16
+    assert error(out, expected) <= 1.45 * error(in_core.bfloat16(), expected)
+    paths = generate(tmp_path / "d", tokens=20_000, heads=2, head_dim=64, dtype=str(dtype).removeprefix("torch."))
+    cqsa.attention(*paths, out=tmp_path / "out", device="cuda", device_memory="128MiB")
+    run = cqsa.open_run(tmp_path / "out.run")
+    assert run.verify().ok
+    assert run.status()["device_peak_bytes"] <= run.status()["device_projected_bytes"] <= 128 * MIB
+
+
+def test_float64_is_for_the_cpu() -> None:
+    q, k, v = inputs("normal", torch.float64, 1, 1, 100, 16)
+    with pytest.raises(cqsa.InputError, match="--device cpu"):
+        cqsa.attention(q, k, v, device="cuda")
+
+
 @pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
 def test_resumed_runs_are_bit_identical_and_within_budget(schedule: str, tmp_path: Path) -> None:
     q, k, v = generate(tmp_path / "d", tokens=60_000, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16")
