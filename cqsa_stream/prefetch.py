@@ -154,13 +154,13 @@ class Prefetcher:
         array = self._arrays[read.array]
         dtype = numpy_dtype(array.dtype)
         shape = (len(read.heads), len(read.tokens), array.shape[3])
-        lead = array.lead(read.batch, read.heads, read.tokens)
-        used = slot.bytes[lead : lead + int(np.prod(shape)) * dtype.itemsize]
-        if not present:
-            try:
+        try:
+            lead = array.lead(read.batch, read.heads, read.tokens)
+            used = slot.bytes[lead : lead + int(np.prod(shape)) * dtype.itemsize]
+            if not present:
                 array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
-            except ArrayError as error:
-                raise ArrayError(f"{read.array}: {error}") from error
+        except ArrayError as error:
+            raise ArrayError(f"{read.array}: {error}") from error
         values = torch.from_numpy(used).view(getattr(torch, array.dtype)).reshape(shape)
         return Loaded(read, values, slot, self._turns)
 
