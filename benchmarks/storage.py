@@ -49,7 +49,7 @@ from cqsa_stream.storage.tensorstore_array import TensorStoreArray
 MIB = 2**20
 RANGE_BYTES = 64 * MIB
 ROW_BYTES = 128
-IN_FLIGHT = 8
+IN_FLIGHT = 6
 THREADS, BLOCKS = (1, 2, 4, 8), (1 * MIB, 4 * MIB, 16 * MIB)
 
 

@@ -148,7 +148,7 @@ def _workload(problem: Problem, arrays: dict[str, TokenArray], device: torch.dev
         out_itemsize=out_itemsize,
         flops=problem.flops,
         staging_bytes=max(array.staging_bytes for array in arrays.values()),
-        kept_bytes=sum(4 * _bytes(array) // array.leaf_bytes for array in arrays.values() if array.leaf_bytes),
+        kept_bytes=sum(array.kept_bytes for array in arrays.values()),
         durable=durable,
         resident_output_bytes=0
         if durable

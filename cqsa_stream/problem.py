@@ -155,7 +155,7 @@ def _refuse_misfits(query: Described, key: Described, value: Described) -> None:
             raise InputError(f"{name}: shape {array.shape}; expected 4 axes [batch, head, token, feature]")
         if array.dtype not in DTYPES:
             raise InputError(f"{name}: dtype {array.dtype}; expected one of {', '.join(DTYPES)}: convert the array")
-        if 0 in array.shape:
+        if min(array.shape) < 1:
             raise InputError(f"{name}: shape {array.shape} has an axis of length 0; expected at least 1 of each")
     if not query.dtype == key.dtype == value.dtype:
         found = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"

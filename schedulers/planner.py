@@ -26,7 +26,7 @@ _LEAST_OUT_CHUNK_BYTES = 64 << 10
 _SMALLEST_BLOCK = 256
 _WEIGHED = 3  # numbers of chunks that fit, the fewest first; and of each as many sizes of blocks, the largest first
 _RINGS = (6, 4)
-_MOST_IN_FLIGHT = 8  # pieces of reads; what they hold besides should be small beside the budget
+_MOST_IN_FLIGHT = 6  # pieces of reads; what they hold besides should be small beside the budget
 _IN_FLIGHT_SHARE = 16
 
 

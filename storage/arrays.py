@@ -21,7 +21,8 @@ class TokenArray(Protocol):
     ``source`` is a path or URL, or ``"memory"``; ``stored_chunk`` the shape of what is stored, and hence fetched, whole
     (``(1, 1, 1, feature)`` where any range can be read), ``encoding`` what a reader has to do with it, ``leaf_bytes``
     the pieces in which it can be read from the second time on (0: always whole). Each piece of a read in flight holds
-    up to ``staging_bytes`` besides the caller's buffer. ``bytes_read``: what was fetched so far.
+    up to ``staging_bytes`` besides the caller's buffer; ``kept_bytes`` are remembered. ``bytes_read``: what was fetched
+    so far.
     """
 
     @property
@@ -36,6 +37,8 @@ class TokenArray(Protocol):
     def encoding(self) -> Literal["raw", "checked", "compressed"]: ...
     @property
     def leaf_bytes(self) -> int: ...
+    @property
+    def kept_bytes(self) -> int: ...
     @property
     def staging_bytes(self) -> int: ...
     @property
@@ -102,18 +105,16 @@ def _open_named(source: str, fill_missing: bool) -> TokenArray:
     from cqsa_stream.storage.files import open_plain, open_safetensors
     from cqsa_stream.storage.tensorstore_array import TensorStoreArray
 
-    if is_url(source) and not source.startswith("file://"):
-        return TensorStoreArray.open(source, kvstore(source), fill_missing)
     path = Path(source.removeprefix("file://")).absolute()
     if _exists(path):
         return _open_path(path, fill_missing)
-    if source.startswith("file://") and "|" in source:
+    if is_url(source) and (not source.startswith("file://") or "|" in source):
         return TensorStoreArray.open(source, kvstore(source), fill_missing)
-    file, sign, part = str(path).rpartition("#")
-    if sign and _exists(Path(file)) and Path(file).is_file():
-        if Path(file).suffix == ".safetensors":
-            return open_safetensors(Path(file), part)
-        return open_plain(Path(file), part)
+    pieces = str(path).split("#")  # either side may hold more of them
+    for count in range(1, len(pieces)):
+        file, part = Path("#".join(pieces[:count])), "#".join(pieces[count:])
+        if file.is_file():
+            return open_safetensors(file, part) if file.suffix == ".safetensors" else open_plain(file, part)
     raise ArrayError(f"{path}: no such file or directory")
 
 
@@ -161,13 +162,13 @@ def _zarr_metadata(path: Path) -> dict[str, Any]:
         raise ArrayError(f"{path}: no array (neither zarr.json nor .zarray inside); expected a Zarr v2 or v3 array")
     try:
         metadata = json.loads((path / name).read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ArrayError(f"{path / name}: unreadable ({error}); expected JSON that describes an array") from error
     if not isinstance(metadata, dict) or metadata.get("node_type", "array") != "array":
         raise ArrayError(f"{path}: a Zarr group, not an array; name an array inside it")
     shape = metadata.get("shape")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ArrayError(f"{path / name}: shape {shape!r}; expected a list of lengths")
-    if math.prod(shape) > 2**62:
+    if math.prod(shape) > 2**62 or max(shape, default=0) > 2**62:
         raise ArrayError(f"{path / name}: shape {shape} has over 2^62 elements")
     return metadata

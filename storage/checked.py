@@ -1,7 +1,7 @@
 """Reading parts of units that carry a CRC-32C, and still checking every byte.
 
 A unit's checksum can only be checked by reading it whole. So the first read of a unit takes all of it, what was not
-asked for going nowhere, and remembers the checksums of its *leaves*, pieces of 256 KiB. Later reads take just the
+asked for going nowhere, and remembers the checksums of its *leaves*, pieces of 512 KiB. Later reads take just the
 leaves that they need, and compare these. The memory of it is bounded: where the array is large, leaves are longer.
 """
 
@@ -20,7 +20,7 @@ from cqsa_stream.storage.ranges import BOUNCE_BYTES, Piece, StoredFile, cut
 __all__ = ["MOST_KEPT_BYTES", "Checks", "UnitRead", "Wanted"]
 
 MOST_KEPT_BYTES = 1 << 20  # of an array's checksums
-_LEAF_BYTES = 256 << 10
+_LEAF_BYTES = 512 << 10
 _CHECKSUM_BYTES = 4
 
 
@@ -59,6 +59,10 @@ class Checks:
         kept = cells if self.leaf_bytes else (0,)
         self._sums = np.zeros((*kept, -(-unit_bytes // leaf)), np.uint32)
         self._good = np.zeros(kept, bool)
+
+    @property
+    def kept_bytes(self) -> int:
+        return self._sums.nbytes + self._good.nbytes
 
     def plan(self, file: StoredFile, start: int, cell: tuple[int, ...], wanted: list[Wanted], length: int) -> UnitRead:
         """Return what to read to fill what is wanted, in ascending order, of the unit at ``start`` in the file."""

@@ -27,7 +27,8 @@ def open_npy(path: Path) -> RawArray:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(file)
             offset = file.tell()
-    except (ValueError, OSError) as error:
+        _refuse_lengths(shape)
+    except Exception as error:  # numpy's parser lets many kinds through
         raise ArrayError(f"{path}: not a readable .npy file ({error})") from error
     if fortran or not dtype.isnative:
         raise ArrayError(f"{path}: Fortran order or foreign byte order; expected C order, little-endian")
@@ -55,9 +56,8 @@ def open_safetensors(path: Path, key: str) -> RawArray:
         dtype = _SAFETENSORS.get(entry["dtype"])
         if dtype is None:
             raise ArrayError(f"{path}#{key}: dtype {entry['dtype']}; expected one of {', '.join(_SAFETENSORS)}")
-        lengths = (*shape, start, stop)
-        if not all(type(n) is int and n >= 0 for n in lengths) or any(n > 2**62 for n in lengths):
-            raise ValueError(f"shape {shape}, data_offsets {start}, {stop}")
+        for lengths in (shape, (start,), (stop,)):
+            _refuse_lengths(lengths)
         if stop - start != math.prod(shape) * numpy_dtype(dtype).itemsize:
             raise ValueError(f"{stop - start} bytes for shape {shape} of {dtype}")
     except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
@@ -76,6 +76,10 @@ def open_plain(path: Path, description: str) -> RawArray:
             f"{path}#{description}: a plain file needs a dtype and a shape, as {path.name}#bfloat16:1,8,4096,64"
         )
     shape = tuple(map(int, parts))
+    try:
+        _refuse_lengths(shape)
+    except ValueError as error:
+        raise ArrayError(f"{path}#{description}: {error}") from error
     return RawArray(f"{path}#{description}", shape, dtype, WholeFiles.one(path, shape, dtype, 0))
 
 
@@ -89,9 +93,18 @@ def open_memmap(values: np.memmap) -> RawArray | None:
         return None
     path, offset = Path(str(values.filename)), base.offset + values.ctypes.data - base.ctypes.data
     if path.suffix == ".npy":
-        whole = open_npy(path)
+        try:
+            whole = open_npy(path)
+        except ArrayError:
+            return None  # a view as another dtype, say
         same = (whole.shape, whole.dtype, whole.files.locate(())[1]) == (values.shape, values.dtype.name, offset)
         return whole if same else None
     if offset:
         return None  # it has no name by which a resumed run could open it
     return open_plain(path, f"{values.dtype.name}:{','.join(map(str, values.shape))}")
+
+
+def _refuse_lengths(lengths: tuple[int, ...]) -> None:
+    """Raise ValueError where these are no lengths of an array's axes."""
+    if not all(type(n) is int and 0 <= n <= 2**62 for n in lengths) or math.prod(lengths) > 2**62:
+        raise ValueError(f"lengths {str(lengths)[:80]}; expected whole numbers, of at most 2^62 elements")

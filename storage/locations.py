@@ -41,12 +41,13 @@ def kvstore(url: str) -> str | dict[str, Any]:
         return f"{scheme}://{rest}"
     if scheme == "s3":
         return _s3(rest)
-    return f"{scheme}://{rest.rstrip('/')}/"
+    path, question, query = rest.partition("?")
+    return f"{scheme}://{path.rstrip('/')}/{question}{query}"
 
 
 def _s3(rest: str) -> dict[str, Any]:
     bucket, _, path = rest.partition("/")
-    store: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path.rstrip("/") + "/"}
+    store: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path.strip("/") + "/" * bool(path.strip("/"))}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint:

@@ -16,7 +16,7 @@ class MemoryArray:
 
     source = "memory"
     staging_bytes = 0
-    leaf_bytes = 0
+    leaf_bytes = kept_bytes = 0
     encoding: ClassVar[Literal["raw"]] = "raw"
 
     def __init__(self, values: np.ndarray) -> None:
@@ -33,9 +33,12 @@ class MemoryArray:
         """Take a torch tensor, without a copy where it is on the CPU; bfloat16 and float8 become ml_dtypes' types."""
         import torch
 
-        if tensor.layout != torch.strided:
-            raise ArrayError(f"a tensor of layout {tensor.layout}; expected a dense (strided) one")
-        host, name = tensor.detach().cpu(), str(tensor.dtype).removeprefix("torch.")
+        name = str(tensor.dtype).removeprefix("torch.")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ArrayError(f"a tensor of layout {tensor.layout} on {tensor.device}; expected a dense (strided) one")
+        if name.startswith("float") and name not in FLOATS:
+            raise ArrayError(f"a tensor of dtype {name}; expected one of {', '.join(FLOATS)}")
+        host = tensor.detach().cpu()
         if hasattr(ml_dtypes, name) and name in FLOATS:
             plain = {1: torch.uint8, 2: torch.uint16}[host.itemsize]
             return cls(host.view(plain).numpy().view(numpy_dtype(name)))

@@ -91,11 +91,16 @@ def cut(
         done += count
 
 
+def _private(size: int) -> np.ndarray:
+    """Return whole pages that a forked child does not share."""
+    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+
+
 class _Scratch(threading.local):
     """A thread's pages for what hangs over."""
 
     def __init__(self) -> None:
-        self.pages = np.frombuffer(mmap.mmap(-1, 3 * PAGE), np.uint8)
+        self.pages = _private(3 * PAGE)
 
 
 _scratch = _Scratch()
@@ -107,7 +112,7 @@ def _bounce() -> Iterator[np.ndarray]:
     try:
         buffer = _bounces.pop()
     except IndexError:
-        buffer = np.frombuffer(mmap.mmap(-1, BOUNCE_BYTES + _SLACK_BYTES + 3 * PAGE), np.uint8)
+        buffer = _private(BOUNCE_BYTES + _SLACK_BYTES + 3 * PAGE)
     try:
         yield buffer
     finally:

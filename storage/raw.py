@@ -20,7 +20,7 @@ from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.ranges import PAGE, PIECE_BYTES, STAGING_BYTES, StoredFile, cut, read_pieces
 
-__all__ = ["CACHED_BYTES", "CURES", "RawArray", "UnitFiles", "WholeFiles"]
+__all__ = ["CACHED_BYTES", "CURES", "RawArray", "UnitFiles", "WholeFiles", "split"]
 
 CACHED_BYTES = 8 << 20  # arrays up to this size are read through the page cache: they cannot fill it
 _LEAST_PIECE_BYTES = 1 << 20
@@ -35,6 +35,9 @@ class UnitFiles(Protocol):
 
     @property
     def unit(self) -> tuple[int, ...]: ...
+
+    def kept_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the memory of what is remembered of an array's files."""
 
     def locate(self, cell: tuple[int, ...]) -> tuple[StoredFile, int]:
         """Return the file of the unit at a place in the grid of units, and the position of its first byte there."""
@@ -60,6 +63,9 @@ class WholeFiles:
         length = math.prod(shape) * numpy_dtype(dtype).itemsize
         pattern = str(path).replace("{", "{{").replace("}", "}}")
         return cls(shape, pattern, offset + length, offset, open_ended=True, cached=length <= CACHED_BYTES)
+
+    def kept_bytes(self, shape: tuple[int, ...]) -> int:
+        return 0
 
     def locate(self, cell: tuple[int, ...]) -> tuple[StoredFile, int]:
         return StoredFile(self.pattern.format(*cell), self.size, self.open_ended, self.cached), self.offset
@@ -94,6 +100,10 @@ class RawArray:
     @property
     def leaf_bytes(self) -> int:
         return self.checks.leaf_bytes if self.checks else 0
+
+    @property
+    def kept_bytes(self) -> int:
+        return (self.checks.kept_bytes if self.checks else 0) + self.files.kept_bytes(self.shape)
 
     @property
     def stored_chunk(self) -> tuple[int, ...]:
@@ -134,7 +144,8 @@ class RawArray:
                 for part in wanted:
                     pieces += cut(file, start + part.start, len(part.place), part.place, length)
             read_pieces(pieces, self.in_flight)
-        self.bytes_read += sum(piece.length for piece in pieces)
+        fetched = sum(piece.length for piece in pieces)
+        self.bytes_read += fetched  # nothing is called in between: no other thread's figure is lost
 
     def check(self) -> None:
         cells = product(*(range(-(-n // m)) for n, m in zip(self.shape, self.files.unit, strict=True)))
@@ -164,7 +175,7 @@ class RawArray:
     ) -> Iterator[tuple[tuple[int, ...], list[Wanted]]]:
         """Yield (cell in the grid of units, what is wanted of it in ascending order) for each unit that is met."""
         unit = self.files.unit
-        for some, span in product(_split(heads, unit[1]), _split(tokens, unit[2])):
+        for some, span in product(split(heads, unit[1]), split(tokens, unit[2])):
             wanted = []
             for head in some:
                 rows = buffer[head - heads.start, span.start - tokens.start : span.stop - tokens.start]
@@ -178,7 +189,8 @@ def _piece_bytes(total: int, in_flight: int) -> int:
     return min(PIECE_BYTES, max(_LEAST_PIECE_BYTES, each))
 
 
-def _split(tokens: range, length: int) -> Iterator[range]:
+def split(tokens: range, length: int) -> Iterator[range]:
+    """Cut a range at the multiples of a length."""
     start = tokens.start
     while start < tokens.stop:
         stop = min(tokens.stop, (start // length + 1) * length)

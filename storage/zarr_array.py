@@ -1,13 +1,14 @@
 """zarr-python arrays whose chunks are in no local folder: in memory, in an archive, behind fsspec. Read as they are."""
 
 import math
+from itertools import product
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.raw import CURES
+from cqsa_stream.storage.raw import CURES, split
 
 __all__ = ["ZarrArray"]
 
@@ -16,7 +17,7 @@ class ZarrArray:
     """A ``zarr.Array`` as a token array: zarr-python fetches and decodes the chunks."""
 
     source = "memory"  # it cannot be opened again by its name
-    leaf_bytes = 0
+    leaf_bytes = kept_bytes = 0
     encoding: ClassVar[Literal["compressed"]] = "compressed"
 
     def __init__(self, array: Any, fill_missing: bool) -> None:
@@ -35,22 +36,30 @@ class ZarrArray:
         return 0
 
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
-        _, heads_chunk, length, _ = self.stored_chunk
-        try:
-            start = tokens.start
-            while start < tokens.stop:
-                stop = min(tokens.stop, (start // length + 1) * length)
-                found = self._array[batch, heads.start : heads.stop, start:stop]
-                np.copyto(buffer[:, start - tokens.start : stop - tokens.start], found)
-                start = stop
-        except (ValueError, OSError, RuntimeError) as error:
-            raise ArrayError(f"zarr.Array {self._array.name}: {error}; write this chunk again") from error
-        chunks = (-(-tokens.stop // length) - tokens.start // length) * (
-            -(-heads.stop // heads_chunk) - heads.start // heads_chunk
-        )
-        self.bytes_read += chunks * math.prod(self.stored_chunk) * numpy_dtype(self.dtype).itemsize
+        fetched = 0
+        for head, token in product(split(heads, self.stored_chunk[1]), split(tokens, self.stored_chunk[2])):
+            try:
+                found = self._array[batch, head.start : head.stop, token.start : token.stop]
+            except Exception as error:  # of the store, or of any codec
+                where = f"[{batch}, {head.start}:{head.stop}, {token.start}:{token.stop}]"
+                raise ArrayError(f"zarr.Array {self._array.name}: {where}: {error}; write this chunk again") from error
+            place = buffer[:, token.start - tokens.start : token.stop - tokens.start]
+            np.copyto(place[head.start - heads.start : head.stop - heads.start], found)
+            fetched += self._fetched(token)
+        self.bytes_read += fetched
+
+    def _fetched(self, tokens: range) -> int:
+        """Return the size of the stored chunks that hold tokens, decoded, cut at the end of the token axis."""
+        batch_chunk, heads_chunk, length, _ = self.stored_chunk
+        count = min(-(-tokens.stop // length) * length, self.shape[2]) - tokens.start // length * length
+        return int(batch_chunk * heads_chunk * count * self.shape[3] * numpy_dtype(self.dtype).itemsize)
 
     def check(self) -> None:
-        if not self._fill_missing and self._array.nchunks_initialized < self._array.nchunks:
-            missing = self._array.nchunks - self._array.nchunks_initialized
+        if self._fill_missing:
+            return
+        stored = self._array.shards or self._array.chunks
+        inner = math.prod(n // m for n, m in zip(stored, self._array.chunks, strict=True))
+        expected = math.prod(-(-n // m) for n, m in zip(self.shape, stored, strict=True))
+        missing = expected - self._array.nchunks_initialized // inner  # zarr counts the inner chunks of shards
+        if missing > 0:
             raise ArrayError(f"zarr.Array {self._array.name}: {missing} stored chunks are missing; {CURES}")

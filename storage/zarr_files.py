@@ -6,6 +6,7 @@ Metadata is read here only as far as it is fully understood; whatever else it sa
 
 import math
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,9 +26,13 @@ __all__ = ["Shards", "raw_zarr"]
 _V2_DTYPES = {"<f8": "float64", "<f4": "float32", "<f2": "float16"}
 _SAME_NAME = ("bfloat16", "float8_e4m3fn", "float8_e5m2")  # as TensorStore writes them in v2, too
 _V3_DTYPES = ("float64", "float32", "float16", *_SAME_NAME)
+_V3_FIELDS = {
+    "zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value",
+    "attributes", "dimension_names", "storage_transformers", "consolidated_metadata",
+}  # fmt: skip
 _MISSING = 2**64 - 1
 _INDICES_BYTES = 1 << 20  # of the indices of shards that are remembered
-_MOST_INDEX_BYTES = 1 << 26
+_MOST_INDEX_BYTES = 1 << 22
 
 
 class _Chunks(NamedTuple):
@@ -55,7 +60,7 @@ def raw_zarr(path: Path, metadata: dict[str, Any]) -> RawArray | None:
         chunks = _described_v3(metadata) if metadata.get("zarr_format") == 3 else _described_v2(metadata)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError):
         return None  # TensorStore will say what is wrong with it
-    if chunks is None or len(shape) != 4 or chunks.separator not in ("/", "."):
+    if chunks is None or len(shape) != 4 or 0 in shape or chunks.separator not in ("/", "."):
         return None
     unit = chunks.inner.shape if chunks.inner else chunks.shape
     if not _whole_rows(chunks.shape, shape) or not _whole_rows(unit, shape):
@@ -87,6 +92,8 @@ def _described_v2(metadata: dict[str, Any]) -> _Chunks | None:
 
 
 def _described_v3(metadata: dict[str, Any]) -> _Chunks | None:
+    if any(name not in _V3_FIELDS and not _ignorable(value) for name, value in metadata.items()):
+        return None
     if metadata["chunk_grid"]["name"] != "regular" or metadata.get("storage_transformers"):
         return None
     shape = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
@@ -111,6 +118,10 @@ def _described_v3(metadata: dict[str, Any]) -> _Chunks | None:
     return _Chunks(dtype, shape, checked and inner is None, "c" if default else "", separator, inner)
 
 
+def _ignorable(extension: Any) -> bool:
+    return isinstance(extension, dict) and extension.get("must_understand") is False
+
+
 def _plain(codecs: list[dict[str, Any]]) -> bool | None:
     """Return whether chunks of these codecs carry a checksum; None where they are no plain little-endian numbers."""
     first, *others = codecs
@@ -129,6 +140,7 @@ class Shards:
     unit_bytes: int
     inner: _Inner
     cached: bool
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # two reads may look for their shards at a time
     _indices: "OrderedDict[str, tuple[tuple[int, int, int], np.ndarray]]" = field(default_factory=OrderedDict)
 
     @property
@@ -143,6 +155,10 @@ class Shards:
     def index_fits(self) -> bool:
         """Whether an index is small enough to be held."""
         return self._index_bytes <= _MOST_INDEX_BYTES
+
+    def kept_bytes(self, shape: tuple[int, ...]) -> int:
+        shards = math.prod(-(-n // m) for n, m in zip(shape, self.shard, strict=True))
+        return 2 * self._index_bytes + min(_INDICES_BYTES, shards * self._index_bytes)  # two being read
 
     def locate(self, cell: tuple[int, ...]) -> tuple[StoredFile, int]:
         path, entry, size = self._entry(cell)
@@ -172,14 +188,18 @@ class Shards:
             with opened(StoredFile(path, self._index_bytes, open_ended=True), direct=False) as (number, _):
                 found = os.fstat(number)
                 stamp = found.st_ino, found.st_size, found.st_mtime_ns
-                known = self._indices.get(path)
-                if known is None or known[0] != stamp:
-                    position = 0 if self.inner.at_start else found.st_size - self._index_bytes
-                    data = os.pread(number, self._index_bytes, position)
-                    self._remember(path, stamp, self._unpacked(path, data))
+                with self._lock:
+                    known = self._indices.get(path)
+                    if known is not None and known[0] == stamp:
+                        self._indices.move_to_end(path)
+                        return known[1], found.st_size
+                position = 0 if self.inner.at_start else found.st_size - self._index_bytes
+                index = self._unpacked(path, os.pread(number, self._index_bytes, position))
         except OSError as error:
             raise ArrayError(f"{path}: its index cannot be read: {error.strerror}") from error
-        return self._indices[path][1], stamp[1]
+        with self._lock:
+            self._remember(path, stamp, index)
+        return index, found.st_size
 
     def _unpacked(self, path: str, data: bytes) -> np.ndarray:
         count = 16 * math.prod(self._grid)

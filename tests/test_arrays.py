@@ -1,5 +1,6 @@
 """The contract that every token array passes. A new back end is one line in FORMATS."""
 
+import json
 import multiprocessing
 import os
 import tempfile
@@ -20,6 +21,7 @@ import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec
 
+from cqsa_stream.storage import ranges
 from cqsa_stream.storage.arrays import TokenArray, open_array
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
@@ -507,9 +509,118 @@ def test_nothing_is_created_over_an_array(tmp_path: Path) -> None:
         create_array(path, SHAPE, "float32", (1, 1, 30, 8))
 
 
+def in_memory_store(values: np.ndarray) -> ts.TensorStore:
+    grid = {"name": "regular", "configuration": {"chunk_shape": [1, 1, 30, 8]}}
+    metadata = {"shape": values.shape, "data_type": values.dtype.name, "chunk_grid": grid}
+    return ts.open({"driver": "zarr3", "kvstore": "memory://a/", "metadata": metadata}, create=True).result()
+
+
+def test_a_missing_chunk_of_any_tensorstore_is_refused(tmp_path: Path) -> None:
+    store = in_memory_store(numbers("float32"))
+    store[:, :, :90] = numbers("float32")[:, :, :90]
+    on_disk = open_for_writing(FORMATS["zarr v3 raw"][0](tmp_path, numbers("float32")))
+    chunk_files(tmp_path / "a.zarr")[3].unlink()
+    for broken in (store, on_disk, ts.cast(on_disk, ts.float64)):
+        with pytest.raises(ArrayError, match=r"missing"):
+            open_array(broken).check()
+    store[:, :, 90:] = numbers("float32")[:, :, 90:]
+    open_array(store).check()
+    assert read(open_array(store), 0, range(3), range(100)).tobytes() == numbers("float32")[0].tobytes()
+    with pytest.raises(ArrayError, match=r"missing"):
+        read(open_array(ts.cast(on_disk, ts.float64)), 0, range(3), range(100))
+
+
+def test_a_missing_shard_of_a_zarr_object_is_refused() -> None:
+    settings: Any = {"chunks": (1, 1, 2, 8), "shards": (1, 2, 8, 8), "compressors": None}
+    array = zarr.create_array({}, shape=(1, 3, 10, 8), dtype="float32", **settings)
+    array[:, :, :8] = 1
+    with pytest.raises(ArrayError, match=r"2 stored chunks are missing"):
+        open_array(array).check()
+
+
+def test_damage_in_an_archive_is_told(tmp_path: Path) -> None:
+    with zarr.storage.ZipStore(tmp_path / "a.zip", mode="w") as store:
+        zarr.create_array(store, data=numbers("float32"), chunks=(1, 1, 30, 8), compressors=GzipCodec())
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    with zarr.storage.ZipStore(tmp_path / "a.zip", mode="r") as store:
+        array = open_array(zarr.open_array(store))
+        with pytest.raises(ArrayError, match=r"zarr.Array .*again"):
+            _ = [read(array, batch, range(3), range(100)) for batch in range(2)]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1, -5, 64), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1, -1, -5, 64), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1, 9" + "0" * 400 + ", 64), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "-" * 9000 + "1,), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1, 5, 64",
+        "{'descr': ('<f4',), 'fortran_order': False, 'shape': (1, 1, 5, 64), }",
+    ],
+)
+def test_hostile_npy_headers_are_refused(header: str, tmp_path: Path) -> None:
+    text = header.encode() + b"\n"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text + b"\0" * 999)
+    with pytest.raises(ArrayError, match=r"not a readable \.npy"):
+        open_array(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"a":' + b"[" * 200_000,
+        b'{"zarr_format": 3, "node_type": "array", "shape": [9223372036854775808, 1, 0, 64]}',
+        b'{"zarr_format": 3, "node_type": "array", "shape": [1, 1, 5, 64], "codecs": 5}',
+    ],
+)
+def test_hostile_metadata_is_refused(damage: bytes, tmp_path: Path) -> None:
+    path = FORMATS["tensorstore crc32c"][0](tmp_path, numbers("float32"))
+    (path / "zarr.json").write_bytes(damage)
+    with pytest.raises(ArrayError):
+        open_array(path)
+
+
+def test_what_an_extension_must_be_understood_for_is_left_to_others(tmp_path: Path) -> None:
+    path = FORMATS["tensorstore raw"][0](tmp_path, numbers("float32"))
+    metadata = json.loads((path / "zarr.json").read_text())
+    (path / "zarr.json").write_text(json.dumps({**metadata, "new": {"must_understand": False}}))
+    assert open_array(path).encoding == "raw"
+    (path / "zarr.json").write_text(json.dumps({**metadata, "new": {"name": "upside-down"}}))
+    with pytest.raises(ArrayError, match="new"):
+        open_array(path)
+
+
+def test_a_map_seen_as_another_dtype_is_read_from_memory(tmp_path: Path) -> None:
+    values = numbers("bfloat16")
+    np.save(tmp_path / "a.npy", values.view(np.uint16))
+    seen = np.load(tmp_path / "a.npy", mmap_mode="r").view(ml_dtypes.bfloat16)
+    assert read(open_array(seen), 1, range(3), range(100)).tobytes() == values[1].tobytes()
+
+
+def test_children_of_a_fork_do_not_share_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cqsa_stream.storage.raw.CACHED_BYTES", -1)
+    source = plain(tmp_path, numbers("float32"))
+    read(open_array(source), 0, range(3), range(3, 50))
+    assert ranges._scratch.pages.base is not None
+    before = ranges._scratch.pages.copy()
+    child = os.fork()
+    if child == 0:
+        ranges._scratch.pages.base[:] = bytes(len(before))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (ranges._scratch.pages == before).all()
+
+
 def test_a_view_of_a_tensorstore_is_read_as_such(tmp_path: Path) -> None:
     values = numbers("float32")
     store = open_for_writing(FORMATS["tensorstore raw"][0](tmp_path, values))
     array = open_array(store[:, :, 10:60])
     assert array.shape == (2, 3, 50, 8)
+    assert array.source == "memory", "its path names more than the view"
     assert read(array, 1, range(3), range(5, 9)).tobytes() == values[1, :, 15:19].tobytes()
+    late = open_array(store[:, :, 5:])
+    assert read(late, 1, range(3), range(20, 30)).tobytes() == values[1, :, 25:35].tobytes()
+    assert late.bytes_read == 3 * (30 + 30) * 32, "tokens 25 to 34 lie in two chunks"

@@ -43,14 +43,14 @@ def test_exact(dtype: torch.dtype, causal: bool, schedule: str) -> None:
 def test_float8_is_upcast_on_the_device(dtype: torch.dtype, tmp_path: Path) -> None:
     q, k, v = (x.to(dtype) for x in inputs("normal", torch.float32, 4, 2, 3000, 64))
     expected, _ = dense(q, k, v, causal=True)
-    wide = [x.half().cuda() for x in (q, k, v)]
-    in_core = scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True).cpu()
+    wide_q, wide_k, wide_v = (x.half().cuda() for x in (q, k, v))
+    in_core = scaled_dot_product_attention(wide_q, wide_k, wide_v, is_causal=True, enable_gqa=True).cpu()
     options: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "device": "cuda", "chunks": 13}
     out = cqsa.attention(q, k, v, **options)
     assert out.dtype == torch.bfloat16
     assert error(out, expected) <= 1.45 * error(in_core.bfloat16(), expected)
-    paths = generate(tmp_path / "d", tokens=20_000, heads=2, head_dim=64, dtype=str(dtype).removeprefix("torch."))
-    cqsa.attention(*paths, out=tmp_path / "out", device="cuda", device_memory="128MiB")
+    qp, kp, vp = generate(tmp_path / "d", tokens=20_000, heads=2, head_dim=64, dtype=str(dtype).removeprefix("torch."))
+    cqsa.attention(qp, kp, vp, out=tmp_path / "out", device="cuda", device_memory="128MiB")
     run = cqsa.open_run(tmp_path / "out.run")
     assert run.verify().ok
     assert run.status()["device_peak_bytes"] <= run.status()["device_projected_bytes"] <= 128 * MIB

@@ -222,6 +222,30 @@ def test_stored_chunks_come_whole() -> None:
     assert stored.fetched_bytes(range(0)) == 0
 
 
+def test_chunks_with_a_checksum_come_whole_once_and_then_by_leaves() -> None:
+    stored = Stored(1000, 300, 2, row_bytes=10, encoding="checked", leaf_bytes=1000)
+    assert stored.fetched_bytes(range(0, 300)) == 3000 * 2
+    assert stored.fetched_bytes(range(99, 101)) == (1000 + 1000) * 2
+    assert stored.fetched_bytes(range(299, 301)) == (1000 + 1000) * 2
+    assert stored.rest_bytes(range(299, 301), 0) == (3000 - 1000) * 2
+    short = dataclasses.replace(stored, chunk_tokens=250)
+    assert short.fetched_bytes(range(249, 250)) == 500 * 2, "the last leaf of a chunk may be short"
+
+
+@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+def test_the_first_read_of_a_chunk_takes_the_rest_of_it_too(schedule: str) -> None:
+    tokens, row = 7 * 4096, 256
+    layout = forced(tokens, schedule, ring_slots=1, rows_per_task=3 if schedule == "cqs" else 1)
+    wanted = request(tokens, chunk=2 * 4096)
+    leafy = tuple(dataclasses.replace(a, leaf_bytes=1 << 20, axis_tokens=8 * 4096) for a in wanted.arrays)
+    axis = Axis.cut(tokens, 7)
+    grid = Grid.of(axis, axis, wanted.mask.keys_seen, True)
+    plain = moved(tokens, schedule, layout).fetched_bytes
+    found = counted(wanted.work, make_schedule(schedule, grid, layout), layout, leafy, 0)  # type: ignore[arg-type]
+    assert found.fetched_bytes == plain + 2 * 3 * 4 * 4096 * row, "for each of 4 chunks of each array the other half"
+    assert found.checked_bytes == found.fetched_bytes
+
+
 def test_equal_prices_go_to_cqs_and_spills_to_rectangular() -> None:
     assert make_plan(request(60_000, causal=True), MACHINE).schedule == "cqs"
     tight = make_plan(request(200_000, causal=True), allowed(40 * MIB))

@@ -93,6 +93,22 @@ def test_stored_chunks_that_hold_several_heads(heads: int, kv_heads: int, stored
     assert status["predicted"]["bytes_read"] == status["measured"]["bytes_read"]
 
 
+@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+@pytest.mark.parametrize("inner", [None, (1, 1, 4096, 64)])
+def test_bytes_and_memory_of_chunks_with_a_checksum(
+    inner: tuple[int, ...] | None, schedule: str, cli: Cli, tmp_path: Path
+) -> None:
+    for name, heads in (("q", 2), ("k", 1), ("v", 1)):
+        values = np.random.default_rng(0).standard_normal((1, heads, 20_000, 64), dtype=np.float32)
+        path = tmp_path / "d" / f"{name}.zarr"
+        write(create_array(path, values.shape, "float32", (1, 1, 8192, 64), "crc32c", inner), values)
+    words = ("--causal", "--schedule", schedule, "--device", "cpu", "--host-memory", "36MiB")
+    assert cli("run", *INPUTS, "o", *words).returncode == 0
+    status = json.loads(cli("status", "o.run", "--json").stdout)
+    assert status["predicted"]["bytes_read"] == status["measured"]["bytes_read"]
+    assert status["measured"]["host_bytes"] <= status["predicted"]["host_bytes"] <= 36 * MIB
+
+
 def test_a_billion_tokens_are_planned_from_metadata(cli: Cli, tmp_path: Path) -> None:
     for name in "qkv":
         create_array(tmp_path / "d" / f"{name}.zarr", (1, 1, 10**9, 64), "bfloat16", (1, 1, 32_768, 64), "none")

@@ -163,14 +163,14 @@ def test_reading_leaves_nothing_in_the_page_cache(codec: str, inner: Any, tmp_pa
 
 
 def test_after_the_first_read_only_leaves_are_read_and_still_checked(tmp_path: Path) -> None:
-    shape, leaf = (1, 1, 16_384, 64), 256 << 10
+    shape, leaf = (1, 1, 16_384, 64), 512 << 10
     values = np.random.default_rng(0).standard_normal(shape, np.float32)
     write(create_array(tmp_path / "a.zarr", shape, "float32", (1, 1, 8192, 64)), values)
     array, buffer = open_array(tmp_path / "a.zarr"), np.empty((1, 100, 64), np.float32)
     unit = 8192 * 256
     assert array.leaf_bytes == leaf
     read_bytes = []
-    for start in (0, 50, 1000, 8150, 8150):
+    for start in (0, 50, 2000, 8150, 8150):
         before = array.bytes_read
         array.read_into(0, range(1), range(start, start + 100), buffer)
         assert buffer.tobytes() == values[0, :, start : start + 100].tobytes()
@@ -178,11 +178,11 @@ def test_after_the_first_read_only_leaves_are_read_and_still_checked(tmp_path: P
     assert read_bytes == [unit, leaf, 2 * leaf, leaf + unit, 2 * leaf]
     chunk = tmp_path / "a.zarr/c/0/0/0/0"
     data = bytearray(chunk.read_bytes())
-    data[1050 * 256] ^= 1
+    data[2050 * 256] ^= 1
     chunk.write_bytes(data)
     array.read_into(0, range(1), range(5000, 5100), buffer)  # another leaf
     with pytest.raises(ArrayError, match="not what it was when it was checked first"):
-        array.read_into(0, range(1), range(1000, 1100), buffer)
+        array.read_into(0, range(1), range(2000, 2100), buffer)
     array.begin(in_flight=1)
     with pytest.raises(ArrayError, match="fails its crc32c"):
         array.read_into(0, range(1), range(5000, 5100), buffer)
