@@ -33,6 +33,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory_cpu.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/promise.py
+	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/traffic.py --plot docs/traffic.svg
 
 docs: $(READY)
