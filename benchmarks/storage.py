@@ -8,8 +8,8 @@ read from end to end in ranges of 64 MiB (two at a time where a reader can), by 
 a drifting disk is the same for all:
 
     limit         O_DIRECT preadv of the array's own files, with the threads and block size that were fastest before
-    fast path     storage/raw.py
-    our TS path   storage/tensorstore_array.py
+    fast path     storage/raw.py, with 6 pieces in flight (the most that a plan takes)
+    our TS path   storage/tensorstore_array.py, with 32 chunks in flight (a plan takes 6 of them, for their memory)
     TensorStore   alone, into the same buffer
     zarr-python   into the same buffer
     memmap        copies out of np.memmap
@@ -49,7 +49,7 @@ from cqsa_stream.storage.tensorstore_array import TensorStoreArray
 MIB = 2**20
 RANGE_BYTES = 64 * MIB
 ROW_BYTES = 128
-IN_FLIGHT = 6
+IN_FLIGHT, CHUNKS_IN_FLIGHT = 6, 32
 THREADS, BLOCKS = (1, 2, 4, 8), (1 * MIB, 4 * MIB, 16 * MIB)
 
 
@@ -138,9 +138,9 @@ def by_ranges(count: int) -> Iterator[range]:
     return (range(start, start + tokens(64)) for start in range(0, count, tokens(64)))
 
 
-def by_array(array: TokenArray, buffers: list[np.ndarray]) -> None:
+def by_array(array: TokenArray, buffers: list[np.ndarray], in_flight: int) -> None:
     """Read all ranges, two at a time, as the prefetcher does."""
-    array.begin(IN_FLIGHT // 2)
+    array.begin(in_flight // 2)
     spans = by_ranges(array.shape[2])
     lock = threading.Lock()
 
@@ -236,10 +236,12 @@ def measure(path: Path, lying: Lying, size: int, rounds: int, best: tuple[int, i
     files, buffers = files_of(path), [in_pages(), in_pages()]
     readers: dict[str, Callable[[], object]] = {"limit": lambda: raw(files, *best)}
     if lying.codec != "zstd":
-        readers["fast path"] = lambda: by_array(open_array(path), buffers)
+        readers["fast path"] = lambda: by_array(open_array(path), buffers, IN_FLIGHT)
     readers["TensorStore"] = lambda: by_tensorstore(path, buffers)
     kvstore = {"driver": "file", "path": f"{path}/"}
-    readers["our TS path"] = lambda: by_array(TensorStoreArray.open(str(path), kvstore, False), buffers)
+    readers["our TS path"] = lambda: by_array(
+        TensorStoreArray.open(str(path), kvstore, False), buffers, CHUNKS_IN_FLIGHT
+    )
     others: dict[str, Callable[[], object]] = {"zarr-python": lambda: by_zarr(path, buffers[0])}
     if lying.codec == "none":
         others["memmap"] = lambda: by_memmap(files, buffers[0])
