@@ -125,7 +125,7 @@ _SHAPES = {
 
 _NOMINAL = Speeds(
     read_bytes_per_s=1e9, write_bytes_per_s=5e8, stage_bytes_per_s=4e9, touch_bytes_per_s=2e9, file_s=2e-3,
-    file_lost_s=1e-3, block_s=1e-4, read_cpu_s=2e-10, check_cpu_s=1e-9, expand_cpu_s=4e-9, on_processor=True,
+    file_lost_s=1e-3, block_s=1e-4, read_cpu_s=1e-10, check_cpu_s=2.5e-10, expand_cpu_s=4e-9, on_processor=True,
 )  # fmt: skip
 
 

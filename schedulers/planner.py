@@ -27,7 +27,7 @@ _SMALLEST_BLOCK = 256
 _WEIGHED = 3  # numbers of chunks that fit, the fewest first; and of each as many sizes of blocks, the largest first
 _RINGS = (6, 4)
 _MOST_IN_FLIGHT = 6  # pieces of reads; what they hold besides should be small beside the budget
-_IN_FLIGHT_SHARE = 16
+_IN_FLIGHT_SHARE = 64
 
 
 def make_schedule(name: str, grid: Grid, layout: Layout) -> Schedule:

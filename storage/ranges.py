@@ -22,6 +22,7 @@ from cqsa_stream.storage.errors import ArrayError
 
 __all__ = [
     "BOUNCE_BYTES",
+    "CHECKED_STAGING_BYTES",
     "MOST_IN_FLIGHT",
     "PAGE",
     "PIECE_BYTES",
@@ -35,10 +36,12 @@ __all__ = [
 
 PAGE = 4096
 PIECE_BYTES = 4 << 20  # of one read straight into place: the longer, the fewer calls
-BOUNCE_BYTES = 2 << 20  # of one read through a bounce buffer
+BOUNCE_BYTES = 1 << 20  # of one read through a bounce buffer, of what has a checksum; the rest is rarely read so
+_SMALL_BOUNCE_BYTES = 256 << 10
 _SLACK_BYTES = 64 << 10  # by which a last piece may be longer: a short one would cost as much as a long one
 MOST_IN_FLIGHT = 8
-STAGING_BYTES = BOUNCE_BYTES + _SLACK_BYTES + 6 * PAGE  # what a thread holds besides the places it fills
+STAGING_BYTES = _SMALL_BOUNCE_BYTES + _SLACK_BYTES + 6 * PAGE  # what a thread holds besides the places it fills
+CHECKED_STAGING_BYTES = BOUNCE_BYTES + _SLACK_BYTES + 6 * PAGE
 _SECTOR = 512  # addresses must be multiples of it for O_DIRECT
 _CURE = "write this chunk again"
 
@@ -253,9 +256,10 @@ def _fill_by_bounce(number: int, piece: Piece, bounce: np.ndarray) -> list[tuple
     Each part is checked before it is copied: what has just been read is still near the processor.
     """
     found, done = [], 0
+    most = BOUNCE_BYTES if piece.checked else _SMALL_BOUNCE_BYTES  # of a large buffer, only what is used is there
     while done < piece.length:
         left = piece.length - done
-        length = left if left <= BOUNCE_BYTES + _SLACK_BYTES else BOUNCE_BYTES
+        length = left if left <= most + _SLACK_BYTES else most
         trailer = _trailer(piece) if length == left else []
         over = (piece.start + done) % PAGE
         wanted = over + length + sum(map(len, trailer))

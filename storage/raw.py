@@ -11,14 +11,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from cqsa_stream.storage.checked import Checks, Wanted
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.ranges import PAGE, PIECE_BYTES, STAGING_BYTES, StoredFile, cut, read_pieces
+from cqsa_stream.storage.ranges import (
+    CHECKED_STAGING_BYTES,
+    PAGE,
+    PIECE_BYTES,
+    STAGING_BYTES,
+    StoredFile,
+    cut,
+    read_pieces,
+)
 
 __all__ = ["CACHED_BYTES", "CURES", "RawArray", "UnitFiles", "WholeFiles", "split"]
 
@@ -92,10 +100,13 @@ class RawArray:
     checked: bool = False
     in_flight: int = 4
     bytes_read: int = 0
-    staging_bytes: ClassVar[int] = STAGING_BYTES
 
     def __post_init__(self) -> None:
         self.checks = self._new_checks()
+
+    @property
+    def staging_bytes(self) -> int:
+        return CHECKED_STAGING_BYTES if self.checked else STAGING_BYTES
 
     @property
     def leaf_bytes(self) -> int:
