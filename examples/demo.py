@@ -24,6 +24,8 @@ RUN = [
     "cpu",
     "--host-memory",
     "48MiB",
+    "--checkpoint-every",
+    "2",
 ]
 RUN_DIRECTORY = f"{FOLDER}/out.zarr.run"
 
@@ -50,7 +52,7 @@ def figures() -> dict[str, Any]:
 
 def kill_half_way() -> None:
     """Start the run and end it, without a warning, once half of its pairs are computed."""
-    process = subprocess.Popen(say("run", *RUN, "--checkpoint-every", "2"))
+    process = subprocess.Popen(say("run", *RUN))
     while process.poll() is None:
         seen = figures()
         if seen and 2 * seen["pairs_done"] >= seen["pairs_total"]:
