@@ -94,7 +94,7 @@ def generate(
     chunk_tokens: Annotated[
         int | None, typer.Option("--chunk-tokens", help="Tokens of a stored chunk; 4 MiB's worth.")
     ] = None,
-    codec: Annotated[str, typer.Option(help="none, crc32c or zstd.")] = "crc32c",
+    codec: Annotated[str, typer.Option(help="none, crc32c or zstd.")] = "none",
 ) -> None:
     """Write normally distributed q.zarr, k.zarr and v.zarr into DIR."""
     from cqsa_stream.generate import generate as make

@@ -32,7 +32,7 @@ def generate(
     dtype: str = "bfloat16",
     seed: int = 0,
     chunk_tokens: int | None = None,
-    codec: str = "crc32c",
+    codec: str = "none",
 ) -> list[Path]:
     """Write q.zarr, k.zarr and v.zarr and return their paths. Raises InputError; nothing is overwritten."""
     kv_heads = heads if kv_heads is None else kv_heads
