@@ -2,8 +2,8 @@
 
 With O_DIRECT the device writes into the caller's memory, where file position and address agree: both are cut at pages,
 and what hangs over at either end goes through a page beside it. Where they do not agree, pieces go through a bounce
-buffer. Files that are small, and file systems that know no O_DIRECT, are read through the page
-cache; of large files, what was read is dropped from it again.
+buffer. Files that are small, and file systems that know no O_DIRECT, are read through the page cache; of large files,
+what was read is dropped from it again.
 """
 
 import errno
