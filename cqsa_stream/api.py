@@ -1,20 +1,23 @@
 """The Python surface: ``attention``, ``plan``, ``open_run``."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
 import torch
 
+from cqsa_stream.admission import Target, refuse_other_inputs
 from cqsa_stream.errors import ArrayError, CqsaError, InputError
 from cqsa_stream.events import Figures, Observer
-from cqsa_stream.execute import Target, run_in_memory, run_on_disk
+from cqsa_stream.execute import run_in_memory, run_on_disk
+from cqsa_stream.manifest import Manifest
 from cqsa_stream.meter import covered, tokens_done
+from cqsa_stream.outputs import damaged_rows, outputs_exist
 from cqsa_stream.planning import Options, plan_run
 from cqsa_stream.problem import Problem
-from cqsa_stream.run import Manifest, RunDirectory
+from cqsa_stream.run import RunDirectory
 from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray, open_array
@@ -67,9 +70,12 @@ def attention(
 
     Raises InputError, BudgetError, LockedError, MismatchError or ArrayError, and RunStopped at ``max_seconds``.
     """
+    stop = Stopper((signal.SIGINT,), max_seconds)
+    target = None if out is None else Target.of(out, run_dir)
     arrays, problem = _problem(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_start=q_start, queries=queries
-    )
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        q_start=q_start, queries=queries, target=target,
+    )  # fmt: skip
     options = Options(
         device=None if str(device) == "auto" else str(device),
         device_memory=device_memory,
@@ -79,13 +85,13 @@ def attention(
         checkpoint_every_s=checkpoint_every_s,
         max_seconds=max_seconds,
     )
-    if out is None:
+    if target is None:
         if run_dir is not None:
             raise InputError("run_dir without out: a run that can be resumed needs a path for its output; give out")
         sink = run_in_memory(problem, arrays, options, observers, with_lse=return_lse)
-        target = query.device if isinstance(query, torch.Tensor) else torch.device("cpu")
-        return (sink.out.to(target), sink.lse.to(target)) if sink.lse is not None else sink.out.to(target)
-    directory = run_on_disk(problem, arrays, options, Target.of(out, run_dir), observers, Stopper((signal.SIGINT,)))
+        home = query.device if isinstance(query, torch.Tensor) else torch.device("cpu")
+        return (sink.out.to(home), sink.lse.to(home)) if sink.lse is not None else sink.out.to(home)
+    directory = run_on_disk(problem, arrays, options, target, observers, stop)
     run = Run(directory.path)
     return (run.output(), run.lse()) if return_lse else run.output()
 
@@ -138,12 +144,15 @@ def _problem(
     *,
     q_start: int,
     queries: tuple[int, int] | None,
+    target: Target | None = None,
 ) -> tuple[dict[str, TokenArray], Problem]:
     if attn_mask is not None:
         raise InputError("attn_mask: a mask in memory is not supported; take is_causal, q_start and queries")
     if dropout_p != 0.0:
         raise InputError(f"dropout_p {dropout_p}: not supported, the result is exact; leave it 0.0")
     arrays = open_inputs(query, key, value)
+    if target is not None:
+        refuse_other_inputs(target, arrays)
     problem = Problem.of(
         arrays["query"], arrays["key"], arrays["value"], scale=scale, causal=is_causal, q_start=q_start, queries=queries
     )
@@ -181,18 +190,19 @@ class Run:
         store = self.directory.store(self.manifest)
         finished: list[set[int]] = []
         pairs = flops = 0
-        for lane in range(problem.lanes):
-            covers = dict(store.covers(lane))
+        stored = store.covers()
+        store.make_durable()
+        for covers in stored:
             finished.append({row for row, cover in covers.items() if cover is None})
             for row, cover in covers.items():
                 row_pairs, row_flops = covered(problem, grid, row, cover)
                 pairs, flops = pairs + row_pairs, flops + row_flops
-        rows_total = problem.lanes * sum(1 for a in range(grid.rows.chunks) if grid.rows.span(a))
+        rows_total = problem.lanes * grid.rows.filled
         rows_done = sum(map(len, finished))
         sessions = _sessions(self.directory.events())
-        last: dict[str, Any] = {**(sessions[-1] if sessions else {}), **self.directory.session()}
+        last: dict[str, Any] = {**(sessions[-1] if sessions else {}), **_figures(self.directory.session())}
         plan = last.get("plan", {})
-        complete = rows_done == rows_total and self._output_is_there()
+        complete = rows_done == rows_total and outputs_exist(self.directory, self.manifest)
         before = sessions[:-1]
         found = {
             "complete": complete,
@@ -219,39 +229,46 @@ class Run:
         predicted = ("seconds", "bytes_read", "bytes_written", "host_projected_bytes", "device_projected_bytes")
         measured = ("elapsed_s", "bytes_read", "bytes_written", "host_peak_bytes", "device_peak_bytes")
         names = ("seconds", "bytes_read", "bytes_written", "host_bytes", "device_bytes")
-        found["predicted"] = {name: plan[key] for name, key in zip(names, predicted, strict=True)} if plan else None
+        found["predicted"] = {name: plan.get(key) for name, key in zip(names, predicted, strict=True)} if plan else None
         found["measured"] = {name: found[key] for name, key in zip(names, measured, strict=True)}
         return found
 
     def resume(self, observers: Sequence[Observer] = (), max_seconds: float | None = None) -> "Run":
         """Go on to the end, as the last session did. Raises as ``attention`` does."""
-        target = Target(
-            self.directory.output_path(self.manifest),
-            self.directory.path,
-            self.directory.lse_path(self.manifest),
-            fill_missing=self.manifest.fill_missing,
-        )
+        stop, out, lse = Stopper((signal.SIGINT,), max_seconds), *self._places()
+        target = Target(out, self.directory.path, lse, fill_missing=self.manifest.fill_missing)
         options = Options(max_seconds=max_seconds)
-        run_on_disk(self.manifest.problem, self._inputs(), options, target, observers, Stopper((signal.SIGINT,)))
+        run_on_disk(self.manifest.problem, self._inputs(), options, target, observers, stop)
         return self
 
+    def _places(self) -> tuple[Path, Path]:
+        """Return where output and lse are. Raises InputError where only a file's word says that they are ours."""
+        places = self.directory.output_path(self.manifest), self.directory.lse_path(self.manifest)
+        for path in places:
+            if not path.is_relative_to(self.directory.path.parent) and not holds_array(path):
+                raise InputError(
+                    f"{path}: no array is there, and it is not beside the run directory; name it, with the command or "
+                    "call that began the run, to have it created"
+                )
+        return places
+
     def verify(self, rows: int = 256, seed: int = 0) -> Verification:
-        """Compute sampled finished rows anew in float64 and compare.
+        """Compare every finished row with the checksum of what was written, and sampled ones with float64.
 
         Raises InputError where no row is finished, CqsaError where the output cannot be read.
         """
         if rows < 1:
             raise InputError(f"rows {rows}; expected at least 1")
         problem, store = self.manifest.problem, self.directory.store(self.manifest)
-        finished = [{row for row, cover in store.covers(lane) if cover is None} for lane in range(problem.lanes)]
+        finished = [{row for row, cover in covers.items() if cover is None} for covers in store.covers()]
         if not any(finished):
             raise InputError(f"{self.directory.path}: no row is finished yet; resume the run first")
-        last: dict[str, Any] = next((e for e in reversed(self.directory.events()) if e.get("event") == "started"), {})
         try:
+            damaged = sum(not good for _, _, good in damaged_rows(self.directory, self.manifest))
             out, lse = open_array(self.directory.output_path(self.manifest)), self.lse()
         except ArrayError as error:
-            raise CqsaError(f"the output of the run cannot be read: {error}") from error
-        on_cuda = "cuda" in str(last.get("options", {}).get("device"))
+            raise CqsaError(f"the output of the run cannot be read: {error}; run the same command again") from error
+        on_cuda = any("cuda" in str(event.get("options")) for event in self.directory.events())
         return verify_rows(
             problem,
             self._inputs(),
@@ -262,6 +279,7 @@ class Run:
             rows,
             seed,
             rounded_tiles=on_cuda and problem.dtype != "float32",
+            damaged=damaged,
         )
 
     def output(self) -> ts.TensorStore:
@@ -272,11 +290,6 @@ class Run:
         """Return the log-sum-exp ``[batch, head, token]``, float32, opened."""
         return open_for_writing(self.directory.lse_path(self.manifest))
 
-    def _output_is_there(self) -> bool:
-        return all(
-            holds_array(p) for p in (self.directory.output_path(self.manifest), self.directory.lse_path(self.manifest))
-        )
-
     def _inputs(self) -> dict[str, TokenArray]:
         sources = {name: entry["source"] for name, entry in self.manifest.inputs.items()}
         if "memory" in sources.values():
@@ -284,16 +297,25 @@ class Run:
         return open_inputs(sources["query"], sources["key"], sources["value"], fill_missing=self.manifest.fill_missing)
 
 
-def _sessions(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sessions(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each session, its plan and the latest figures it logged."""
     sessions: list[dict[str, Any]] = []
-    empty = dict.fromkeys(Figures.__dataclass_fields__, 0)
     for event in events:
         if event.get("event") == "started":
-            sessions.append({**empty, "plan": {}})
+            sessions.append({**dict.fromkeys(Figures.__dataclass_fields__, 0), "plan": _plan(event)})
         if sessions:
-            sessions[-1].update({k: v for k, v in event.items() if k in empty or k == "plan"})
+            sessions[-1].update(_figures(event))
     return sessions
+
+
+def _figures(found: dict[str, Any]) -> dict[str, float]:
+    """Return those of a file's words that are figures of a run."""
+    return {name: n for name, n in found.items() if name in Figures.__dataclass_fields__ and type(n) in (int, float)}
+
+
+def _plan(event: dict[str, Any]) -> dict[str, Any]:
+    plan = event.get("plan")
+    return plan if isinstance(plan, dict) else {}
 
 
 def _eta(flops_left: int, last: dict[str, Any]) -> float | None:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from cqsa_stream.admission import Target
 from cqsa_stream.allocator import returning_freed_memory
 from cqsa_stream.api import open_inputs
 from cqsa_stream.calibration import Calibration, trying
 from cqsa_stream.events import Ended, Event
-from cqsa_stream.execute import Target, run_in_memory, run_on_disk
+from cqsa_stream.execute import run_in_memory, run_on_disk
 from cqsa_stream.generate import generate
 from cqsa_stream.kernels import kernel_for
 from cqsa_stream.partial import fold
@@ -214,7 +215,7 @@ def _file_lost_s(device: torch.device, arrays: dict[str, TokenArray], so_far: Ca
         found = []
         for _ in range(_RUNS):
             seen: list[Event] = []
-            run_on_disk(problem, arrays, options, target, [seen.append], Stopper(()))
+            run_on_disk(problem, arrays, options, target, [seen.append], Stopper())
             found.append(_late(seen, plan.cost.seconds) / plan.cost.files)
     return max(statistics.median(found), _NOTHING)
 

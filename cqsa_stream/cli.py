@@ -6,6 +6,7 @@ resumable; 4 over budget; 5 locked; 6 another problem or other inputs; 130 Ctrl-
 
 import errno
 import json
+import logging
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from cqsa_stream.admission import Target
     from cqsa_stream.problem import Problem
     from cqsa_stream.storage.arrays import TokenArray
 
@@ -58,6 +60,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 def main() -> None:
     """Run the command line; every expected error becomes one line and its exit code."""
+    logging.basicConfig(format="cqsa: %(message)s")
     try:
         sys.exit(app(standalone_mode=False))
     except KeyboardInterrupt:
@@ -169,18 +172,19 @@ def run(
     """Compute OUT, a Zarr v3 array; the same command again resumes."""
     from cqsa_stream.stopping import Stopper
 
-    stop = Stopper((signal.SIGINT, signal.SIGTERM))
+    stop = Stopper((signal.SIGINT, signal.SIGTERM), max_seconds)
     with stop, _interruptible(out):  # from here on a signal is a request to stop at the first safe point
-        from cqsa_stream.execute import Target, run_on_disk
+        from cqsa_stream.admission import Target
+        from cqsa_stream.execute import run_on_disk
         from cqsa_stream.observers import terminal_observer
         from cqsa_stream.planning import Options
 
-        arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype)
+        target = Target.of(out, run_dir, lse, fresh=fresh, fill_missing=fill_missing)
+        arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype, target)
         options = Options(
             device, device_memory, host_memory, schedule, chunks,
             checkpoint_every_s=checkpoint_every, max_seconds=max_seconds,
         )  # fmt: skip
-        target = Target.of(out, run_dir, lse, fresh=fresh, fill_missing=fill_missing)
         run_on_disk(problem, arrays, options, target, terminal_observer(as_json=as_json, quiet=quiet), stop)
     if not quiet:
         print(f"cqsa: {out} is complete (run directory {target.run_dir})", file=sys.stderr)
@@ -227,25 +231,31 @@ def verify(
     seed: Annotated[int, typer.Option()] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compute sampled rows of what is finished anew in float64, and compare. Exit code 1 beyond the tolerance."""
+    """Check what is finished: its checksums, and sampled rows against float64. Exit code 1 where that fails."""
     from cqsa_stream.api import open_run
 
     found = open_run(run_dir).verify(rows=rows, seed=seed)
     print(json.dumps(asdict(found)) if as_json else _lines(asdict(found)))
     if not found.ok:
-        print("cqsa: the output differs from the float64 reference beyond the tolerance", file=sys.stderr)
+        damage = f"{found.damaged_rows} row chunks are not what was written: the same run command computes them again"
+        wrong = "the output differs from the float64 reference beyond the tolerance"
+        print(f"cqsa: {damage if found.damaged_rows else wrong}", file=sys.stderr)
         sys.exit(1)
 
 
 def _problem(
     q: str, k: str, v: str, fill_missing: bool, causal: bool, scale: float | None, q_start: int, queries: str | None,
-    out_dtype: str | None,
+    out_dtype: str | None, target: "Target | None" = None,
 ) -> "tuple[dict[str, TokenArray], Problem]":  # fmt: skip
     from cqsa_stream.api import open_inputs
     from cqsa_stream.problem import Problem
 
     rows = _query_range(queries)
     arrays = open_inputs(q, k, v, fill_missing=fill_missing)
+    if target is not None:
+        from cqsa_stream.admission import refuse_other_inputs
+
+        refuse_other_inputs(target, arrays)
     problem = Problem.of(
         arrays["query"], arrays["key"], arrays["value"], scale=scale, causal=causal, q_start=q_start, queries=rows,
         out_dtype=out_dtype,

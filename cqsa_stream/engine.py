@@ -40,7 +40,8 @@ _REPORT_EVERY_S = 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """All that a session works with. ``stop()`` gives the reason to stop at the next safe point, or None."""
+    """All that a session works with. ``stop(early_s)`` gives the reason to stop at this safe point, or None; a
+    time limit less than ``early_s`` away counts as reached."""
 
     problem: Problem
     plan: Plan
@@ -49,7 +50,7 @@ class Job:
     store: PartialStore | None
     device: torch.device
     kernel: Kernel
-    stop: Callable[[], str | None]
+    stop: Callable[[float], str | None]
     observer: Observer
     meter: Meter
     checkpoint_every_s: float
@@ -90,10 +91,9 @@ class Engine:
 
     def _stored_covers(self) -> list[dict[int, int | None]]:
         """Return, for each lane, the covers of the stored partials by row; None where the row is finished."""
-        lanes = range(self.problem.lanes)
         if self.job.store is None:
-            return [dict.fromkeys(self.job.meter.finished[lane]) for lane in lanes]
-        covers = [dict(self.job.store.covers(lane)) for lane in lanes]
+            return [dict.fromkeys(finished) for finished in self.job.meter.finished]
+        covers = self.job.store.covers()
         self.job.meter.restart(covers)
         return covers
 
@@ -206,7 +206,7 @@ class Engine:
 
     def _write(self, lane: int, row: int, partial: Partial) -> None:
         """Make a row's output durable, and only then replace its partial by the word that it is finished."""
-        checksum = self.job.sink.write(lane, self.grid.rows.span(row), partial.out, partial.lse)
+        checksum = self.job.sink.write(lane, row, partial.out, partial.lse)
         if self.job.store is not None:
             self.job.store.finish(lane, row, checksum)
 
@@ -228,9 +228,10 @@ class Engine:
         if time.monotonic() - self._last_report >= _REPORT_EVERY_S:
             self._last_report = time.monotonic()
             self.job.observer(Progressed(self.job.meter.figures()))
-        reason = self.job.stop()
         now = time.monotonic()
-        ahead = now - self._last_safe + self._commit_s  # by the next safe point it would be too late
+        step_s = now - self._last_safe
+        reason = self.job.stop(self._commit_s + step_s / 2)
+        ahead = step_s + self._commit_s  # by the next safe point it would be too late
         self._last_safe = now
         due = self.job.store is not None and now - self._last_checkpoint + ahead >= self.job.checkpoint_every_s
         if reason or due:

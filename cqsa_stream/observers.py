@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -130,7 +129,7 @@ class JsonLines:
 
 
 class EventLog:
-    """Keeps a run directory's event log and its latest figures: news, not state, so a full disk does not end a run."""
+    """Keeps a run directory's event log and its latest figures: news, not state."""
 
     def __init__(self, directory: RunDirectory, options: dict[str, object], every_s: float = 1.0) -> None:
         self._directory, self._options, self._every_s = directory, options, every_s
@@ -141,10 +140,6 @@ class EventLog:
         if isinstance(event, Progressed) and now - self._last < self._every_s:
             return
         self._last = now
-        with suppress(OSError):
-            self._write(event)
-
-    def _write(self, event: Event) -> None:
         figures = asdict(event.figures)
         self._directory.write_session({"ended": isinstance(event, Ended), **figures})
         if isinstance(event, Started):

@@ -145,7 +145,31 @@ class Problem:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Problem":
-        return cls(**fields)
+        """Raises ValueError or TypeError where this is not what ``to_dict`` gave of a problem."""
+        claimed = cls(**fields)
+        for name, kind in cls.__annotations__.items():
+            if type(getattr(claimed, name)) is not kind:
+                raise ValueError(f"{name} {getattr(claimed, name)!r}; expected {kind.__name__}")
+            if kind is int and abs(getattr(claimed, name)) > 2**62:
+                raise ValueError(f"{name} {getattr(claimed, name)}; expected at most 2^62")
+        query = (claimed.batch, claimed.heads, claimed.query_tokens, claimed.head_dim)
+        key, value = ((claimed.batch, claimed.kv_heads, claimed.keys, d) for d in (claimed.head_dim, claimed.value_dim))
+        found = cls.of(
+            *(_Shaped(shape, claimed.dtype) for shape in (query, key, value)),
+            scale=claimed.scale,
+            causal=claimed.causal,
+            q_start=claimed.q_start,
+            queries=(claimed.first_query, claimed.first_query + claimed.queries),
+            out_dtype=claimed.out_dtype,
+        )
+        assert found == claimed
+        return found
+
+
+@dataclass(frozen=True)
+class _Shaped:
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def _refuse_misfits(query: Described, key: Described, value: Described) -> None:

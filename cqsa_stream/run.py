@@ -1,88 +1,44 @@
 """The run directory: all that resuming, checking and reporting need, in formats that anything can read.
 
 run.json        the problem, the grid, the inputs' fingerprints, where the output is; carries its own checksum
+run.copy.json   the same again, for when the first is damaged
 partials/       one file for each row chunk in progress or finished
 lse.zarr        the log-sum-exp of finished rows, unless --lse names another place
 results.zarr    a Zarr group of links to output and lse, so that xarray opens both by name
-events.jsonl    each session's options, plan, checkpoints and end
+events.jsonl    each session's options, plan, checkpoints and end; every line carries its checksum
 session.json    the latest figures of the last session, and the process it runs in
 lock            held while a process works in the run
 """
 
-import hashlib
 import json
+import logging
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import filelock
-import psutil
+from crc32c import crc32c
 
 from cqsa_stream.errors import InputError, LockedError
-from cqsa_stream.problem import DTYPES, OUT_DTYPES, Problem, dtype_bytes
-from cqsa_stream.schedulers.grid import Axis, Grid
+from cqsa_stream.manifest import Manifest
+from cqsa_stream.problem import dtype_bytes
 from cqsa_stream.storage.atomic import make_directory, replace_file
 from cqsa_stream.storage.partials import PartialStore
+from cqsa_stream.storage.retrying import retrying
 
-__all__ = ["Manifest", "RunDirectory"]
+__all__ = ["RunDirectory"]
 
-_FORMAT = 1
-_MOST_CHUNKS = 1 << 24
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a run is. ``inputs``: source and fingerprint of each; ``out_tokens``: tokens of one stored output chunk."""
-
-    problem: Problem
-    rows: Axis
-    columns: Axis
-    out_tokens: int
-    inputs: dict[str, dict[str, str]]
-    output: str
-    lse: str
-    fill_missing: bool
-
-    @property
-    def grid(self) -> Grid:
-        return Grid.of(self.rows, self.columns, self.problem.mask.keys_seen, self.problem.same_positions)
-
-    @property
-    def run_hash(self) -> bytes:
-        """The hash of problem and grid, which every stored partial carries."""
-        identity = {"problem": self.problem.to_dict(), "rows": asdict(self.rows), "columns": asdict(self.columns)}
-        return hashlib.sha256(_canonical(identity)).digest()
-
-    def to_json(self) -> bytes:
-        fields = {"format": _FORMAT, **asdict(self)}
-        fields["sha256"] = hashlib.sha256(_canonical(fields)).hexdigest()
-        return json.dumps(fields, indent=1).encode() + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes) -> "Manifest":
-        """Raises ValueError where this is not what ``to_json`` wrote."""
-        fields = json.loads(data)
-        if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
-            raise ValueError(f"expected format {_FORMAT}")
-        checksum = fields.pop("sha256", None)
-        if checksum != hashlib.sha256(_canonical({"format": _FORMAT, **fields})).hexdigest():
-            raise ValueError("it fails its checksum")
-        problem, rows, columns = Problem.from_dict(fields["problem"]), Axis(**fields["rows"]), Axis(**fields["columns"])
-        if problem.dtype not in DTYPES or problem.out_dtype not in OUT_DTYPES:
-            raise ValueError(f"dtype {problem.dtype!r}, output {problem.out_dtype!r}")
-        for axis, tokens in ((rows, problem.queries), (columns, problem.keys)):
-            if axis.tokens != tokens or not 0 < axis.chunks <= _MOST_CHUNKS or axis.chunk_tokens * axis.chunks < tokens:
-                raise ValueError(f"a grid {axis} for {tokens} tokens")
-        return cls(**{**fields, "problem": problem, "rows": rows, "columns": columns})
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
+_MANIFEST, _COPY = "run.json", "run.copy.json"
+_OURS = (_MANIFEST, _COPY, "partials", "lse.zarr", "results.zarr", "events.jsonl", "session.json", "lock")
+_BEFORE_A_RUN = {"lock", "session.json", "session.json.new", "run.json.tmp", _COPY, _COPY + ".tmp", "results.zarr"}
+_MOST_JSON_BYTES = 1 << 20
+_LOCK_NAMED_S = 1.0  # how long after taking the lock a process may take to say who it is
+_log = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -94,17 +50,34 @@ class RunDirectory:
     @property
     def begun(self) -> bool:
         """Whether a manifest is there."""
-        return (self.path / "run.json").exists()
+        return (self.path / _MANIFEST).exists()
+
+    def foreign(self) -> list[str]:
+        """Return what stands where a run is to begin, and is not what a killed process left of beginning it."""
+        return sorted({p.name for p in self.path.iterdir()} - _BEFORE_A_RUN)
 
     def manifest(self) -> Manifest:
-        """Read the manifest. Raises InputError where there is none or it is damaged."""
-        path = self.path / "run.json"
+        """Read the manifest, or its copy where it is damaged. Raises InputError where there is none, or no good one."""
         try:
-            return Manifest.from_json(path.read_bytes())
-        except FileNotFoundError as error:
-            raise InputError(f"{self.path}: no run directory (run.json is missing)") from error
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InputError(f"{path}: unreadable ({error}); start anew with --fresh") from error
+            return self._read_manifest(_MANIFEST)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"{self.path}: no run directory ({_MANIFEST} is missing)") from error
+        except ValueError as damage:
+            try:
+                found = self._read_manifest(_COPY)
+            except (ValueError, OSError) as error:
+                raise InputError(
+                    f"{self.path / _MANIFEST}: unreadable ({damage}), and so is {_COPY} ({error}); remove the output, "
+                    "then start anew with --fresh"
+                ) from error
+            _tell(f"{self.path / _MANIFEST}: damaged ({damage}); its copy is taken")
+            return found
+
+    def _read_manifest(self, name: str) -> Manifest:
+        data = _content(self.path / name)
+        if len(data) > _MOST_JSON_BYTES:
+            raise ValueError(f"over {_MOST_JSON_BYTES} bytes")
+        return Manifest.from_json(data)
 
     def begin(self, manifest: Manifest) -> None:
         """Write the manifest, durably; before it the group by which others find the results."""
@@ -114,7 +87,22 @@ class RunDirectory:
             (group / name).unlink(missing_ok=True)
             (group / name).symlink_to(os.path.relpath(place, group))
         replace_file(group / "zarr.json", [json.dumps({"zarr_format": 3, "node_type": "group"}).encode()])
-        replace_file(self.path / "run.json", [manifest.to_json()])
+        self.restore(manifest)
+
+    def restore(self, manifest: Manifest) -> None:
+        """Write the manifest and its copy wherever they are not whole."""
+        for name in self.damaged_manifests(manifest):
+            replace_file(self.path / name, [manifest.to_json()])
+
+    def damaged_manifests(self, manifest: Manifest) -> list[str]:
+        """Return the names of the manifest and its copy, as far as they are not whole."""
+        return [name for name in (_COPY, _MANIFEST) if not self._says(name, manifest)]
+
+    def _says(self, name: str, manifest: Manifest) -> bool:
+        try:
+            return self._read_manifest(name) == manifest
+        except (OSError, ValueError):
+            return False
 
     def output_path(self, manifest: Manifest) -> Path:
         return Path(os.path.normpath(self.path / manifest.output))
@@ -125,64 +113,80 @@ class RunDirectory:
     def store(self, manifest: Manifest) -> PartialStore:
         """Return the store of partials."""
         problem, rows = manifest.problem, manifest.rows
-        elements = [
-            (problem.group * len(rows.span(a)), problem.group * len(rows.span(a)) * problem.value_dim)
-            for a in range(rows.chunks)
-        ]
-        itemsize = dtype_bytes(problem.partial_dtype)
-        return PartialStore(self.path / "partials", manifest.run_hash, elements, manifest.columns.chunks, itemsize)
+
+        def elements(row: int) -> tuple[int, int]:
+            numbers = problem.group * len(rows.span(row))
+            return numbers, numbers * problem.value_dim
+
+        return PartialStore(
+            self.path / "partials",
+            manifest.run_hash,
+            (problem.lanes, rows.chunks, manifest.columns.chunks),
+            elements,
+            dtype_bytes(problem.partial_dtype),
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process; the system lets go of it when the process ends. Raises LockedError."""
+        """Hold the run for this process; the system lets go of it when the process ends.
+
+        Raises LockedError, and InputError where a part of the directory is a link that leads out of it.
+        """
         make_directory(self.path)
+        for name in _OURS:
+            if (self.path / name).is_symlink():
+                raise InputError(f"{self.path / name} is a link; expected a run's own file: put it here, or remove it")
         lock = filelock.FileLock(self.path / "lock")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            holder = self.session()
-            raise LockedError(
-                f"{self.path}: process {holder.get('pid', '?')} on {holder.get('host', '?')} works in this run; wait "
-                "for it, or stop it"
-            ) from error
+            raise LockedError(f"{self.path}: {self._holder()} works in this run; wait for it, or stop it") from error
         try:
+            self.write_session({"ended": False})
             yield
         finally:
+            self.write_session({**self.session(), "ended": True})
             lock.release()
+
+    def _holder(self) -> str:
+        """Return who holds the lock, by its own word, which it gives a moment after taking it."""
+        deadline = time.monotonic() + _LOCK_NAMED_S
+        while self.live_pid() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        holder = self.session()
+        return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
 
     def session(self) -> dict[str, Any]:
         """Return the latest figures of the last session; empty where there is none."""
         try:
-            found = json.loads((self.path / "session.json").read_bytes())
-        except (OSError, ValueError):
+            found = json.loads(_content(self.path / "session.json"))
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
     def write_session(self, figures: dict[str, Any]) -> None:
-        """Replace the latest figures; not fsynced: they are news, not state."""
-        me = psutil.Process()
-        fields = {"pid": me.pid, "process_started": me.create_time(), "host": socket.gethostname(), **figures}
+        """Replace the latest figures; not fsynced, and let be where it fails: they are news, not state."""
+        me = os.getpid()
+        fields = {"pid": me, "process": _process(me), "host": socket.gethostname(), **figures}
         temporary = self.path / "session.json.new"
-        temporary.write_text(json.dumps(fields))
-        temporary.replace(self.path / "session.json")
+        with suppress(OSError):
+            temporary.write_text(json.dumps(fields))
+            temporary.replace(self.path / "session.json")
 
     def live_pid(self) -> int | None:
         """Return the process that works in the run, if it lives on this machine."""
         session = self.session()
-        pid, started = session.get("pid"), session.get("process_started")
+        pid, process = session.get("pid"), session.get("process")
         if session.get("ended") or session.get("host") != socket.gethostname() or type(pid) is not int:
             return None
-        try:
-            alive = abs(psutil.Process(pid).create_time() - float(started or 0)) < 1
-        except (psutil.Error, TypeError, ValueError):
-            return None
-        return pid if alive else None
+        return pid if process is not None and process == _process(pid) else None
 
     def append_event(self, event: dict[str, Any]) -> None:
-        """Append one line to the event log, durably."""
-        with (self.path / "events.jsonl").open("ab") as file:
+        """Append one line to the event log, durably; a full disk or a failing one does not end a run for it."""
+        with suppress(OSError), (self.path / "events.jsonl").open("ab") as file:
             torn = b"" if self._log_ends_well() else b"\n"
-            file.write(torn + json.dumps({"time": time.time(), **event}).encode() + b"\n")
+            body = json.dumps({"time": time.time(), **event})
+            file.write(torn + f'{body[:-1]}, "crc32c": {crc32c(body.encode())}}}\n'.encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -192,18 +196,50 @@ class RunDirectory:
             file.seek(max(0, size - 1))
             return file.read(1) in (b"", b"\n")
 
-    def events(self) -> list[dict[str, Any]]:
-        """Return the event log; a last line that a crash cut short is left out."""
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield the event log; lines that a crash cut short, or that are damaged, are left out."""
         try:
-            lines = (self.path / "events.jsonl").read_bytes().splitlines()
+            with (self.path / "events.jsonl").open("rb") as file:
+                while line := file.readline(_MOST_JSON_BYTES):
+                    event = _checked_event(line)
+                    if event is not None:
+                        yield event
         except OSError:
-            return []
-        events = []
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict):
-                events.append(event)
-        return events
+            return
+
+
+@retrying
+def _content(path: Path) -> bytes:
+    """Return what a file holds, as far as it may be long; one byte more tells that it is longer. Raises OSError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_MOST_JSON_BYTES + 1)
+    except OSError as error:
+        raise OSError(error.errno, f"reading failed: {error.strerror}", str(path)) from error
+
+
+@cache
+def _tell(message: str) -> None:
+    """Say it once in a process, however often it is seen."""
+    _log.warning("%s", message)
+
+
+def _checked_event(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+        if not isinstance(event, dict):
+            return None
+        checksum = event.pop("crc32c", None)
+        return event if checksum == crc32c(json.dumps(event).encode()) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _process(pid: int) -> str | None:
+    """Return what tells a process from others that have or had its number: boot, and start within it; None if gone."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else f"{boot} {fields[19]}"

@@ -1,5 +1,6 @@
 """Where finished rows go: a tensor in memory, or durable Zarr arrays."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -9,8 +10,10 @@ from crc32c import crc32c
 from torch import Tensor
 
 from cqsa_stream.problem import Problem
+from cqsa_stream.schedulers.grid import Axis
+from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.memory import MemoryArray
-from cqsa_stream.storage.output import write
+from cqsa_stream.storage.output import make_chunk_directory, read, write
 
 __all__ = ["MemorySink", "Sink", "ZarrSink"]
 
@@ -20,21 +23,22 @@ class Sink(Protocol):
 
     bytes_written: int
 
-    def write(self, lane: int, rows: range, out: Tensor, lse: Tensor) -> int:
+    def write(self, lane: int, row: int, out: Tensor, lse: Tensor) -> int:
         """Keep ``out [heads, rows, dv]`` and ``lse [heads, rows]``; return the CRC-32C of what was written."""
 
 
 class MemorySink:
     """Collects the output and lse in tensors of the caller's."""
 
-    def __init__(self, problem: Problem, *, with_lse: bool) -> None:
-        self._problem = problem
+    def __init__(self, problem: Problem, rows: Axis, *, with_lse: bool) -> None:
+        self._problem, self._rows = problem, rows
         self.out = torch.empty(problem.out_shape, dtype=getattr(torch, problem.out_dtype))
         self.lse = torch.empty(problem.out_shape[:3], dtype=torch.float32) if with_lse else None
         self.bytes_written = 0
 
-    def write(self, lane: int, rows: range, out: Tensor, lse: Tensor) -> int:
+    def write(self, lane: int, row: int, out: Tensor, lse: Tensor) -> int:
         batch, heads, _ = self._problem.lane_heads(lane)
+        rows = self._rows.span(row)
         where = (batch, slice(heads.start, heads.stop), slice(rows.start, rows.stop))
         self.out[where].copy_(out)
         if self.lse is not None:
@@ -45,25 +49,52 @@ class MemorySink:
 class ZarrSink:
     """Writes both to disk; on return they survive a crash."""
 
-    def __init__(self, problem: Problem, out: ts.TensorStore, lse: ts.TensorStore, out_tokens: int) -> None:
-        self._problem = problem
+    def __init__(self, problem: Problem, out: ts.TensorStore, lse: ts.TensorStore, rows: Axis, out_tokens: int) -> None:
+        self._problem, self._rows = problem, rows
         self._out, self._lse, self._out_tokens = out, lse, out_tokens
         self._dtype = getattr(torch, problem.out_dtype)
         self.bytes_written = 0
 
-    def write(self, lane: int, rows: range, out: Tensor, lse: Tensor) -> int:
+    def write(self, lane: int, row: int, out: Tensor, lse: Tensor) -> int:
+        checksum, start = 0, self._rows.span(row).start
         batch, heads, _ = self._problem.lane_heads(lane)
-        checksum = 0
-        for index, head in enumerate(heads):
-            for start in range(rows.start, rows.stop, self._out_tokens):
-                stop = min(start + self._out_tokens, rows.stop)
-                piece = out[index, start - rows.start : stop - rows.start].to(self._dtype).cpu()
-                values = MemoryArray.of_tensor(piece).values
-                checksum = self._put(self._out[batch, head, start:stop], values, checksum)
-        values = lse.float().cpu().numpy()
-        return self._put(self._lse[batch, heads.start : heads.stop, rows.start : rows.stop], values, checksum)
+        for head, span in self._pieces(lane, row):
+            piece = out[head - heads.start, span.start - start : span.stop - start].to(self._dtype).cpu()
+            make_chunk_directory(self._out, batch, head, span.start // self._out_tokens, 0)
+            values = MemoryArray.of_tensor(piece).values
+            checksum = self._put(self._out[batch, head, span.start : span.stop], values, checksum)
+        for head in heads:
+            make_chunk_directory(self._lse, batch, head, row)
+        return self._put(self._lse[self._lse_place(lane, row)], lse.float().cpu().numpy(), checksum)
+
+    def holds(self, lane: int, row: int, checksum: int) -> bool:
+        """Return whether what is stored of a row is what ``write`` returned this checksum for."""
+        batch, _, _ = self._problem.lane_heads(lane)
+        found = 0
+        try:
+            for head, span in self._pieces(lane, row):
+                found = _checksum(read(self._out[batch, head, span.start : span.stop]), found)
+            return _checksum(read(self._lse[self._lse_place(lane, row)]), found) == checksum
+        except ArrayError:
+            return False
+
+    def _pieces(self, lane: int, row: int) -> Iterator[tuple[int, range]]:
+        """Yield (head, query rows) of each stored chunk of a row chunk's output."""
+        span = self._rows.span(row)
+        for head in self._problem.lane_heads(lane)[1]:
+            for start in range(span.start, span.stop, self._out_tokens):
+                yield head, range(start, min(start + self._out_tokens, span.stop))
+
+    def _lse_place(self, lane: int, row: int) -> tuple[int, slice, slice]:
+        batch, heads, _ = self._problem.lane_heads(lane)
+        span = self._rows.span(row)
+        return batch, slice(heads.start, heads.stop), slice(span.start, span.stop)
 
     def _put(self, target: ts.TensorStore, values: np.ndarray, checksum: int) -> int:
         write(target, values)
         self.bytes_written += values.nbytes
-        return crc32c(values.reshape(-1).view(np.uint8).data, checksum)
+        return _checksum(values, checksum)
+
+
+def _checksum(values: np.ndarray, before: int) -> int:
+    return crc32c(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, before)

@@ -12,27 +12,23 @@ __all__ = ["Stopper"]
 class Stopper:
     """Called between steps; gives the reason to stop, or None. As a context manager, entered once or twice, it listens.
 
-    The time limit counts from ``begin``.
+    The time limit counts from its making: what comes before the computing is in it.
     """
 
-    def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
-        self._deadline: float | None = None
-        self._max_seconds: float | None = None
+    def __init__(self, signals: tuple[signal.Signals, ...] = (), max_seconds: float | None = None) -> None:
+        self._max_seconds = max_seconds
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
         listening = threading.current_thread() is threading.main_thread()
         self._signals = signals if listening else ()
         self._before: dict[signal.Signals, Any] = {}
         self._depth = 0
         self.received: signal.Signals | None = None
 
-    def begin(self, max_seconds: float | None) -> None:
-        """Start the clock."""
-        self._max_seconds = max_seconds
-        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
-
-    def __call__(self) -> str | None:
+    def __call__(self, early_s: float = 0.0) -> str | None:
+        """Return the reason; a time limit less than ``early_s`` away counts as reached."""
         if self.received is not None:
             return f"stopped by {self.received.name}"
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._deadline is not None and time.monotonic() + early_s >= self._deadline:
             return f"stopped after {self._max_seconds:g} s (max_seconds)"
         return None
 

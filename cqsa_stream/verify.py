@@ -29,6 +29,7 @@ class Verification:
     A row may err by two roundings to the output dtype, and by the rounding of scores and sums: 2^-23 (float32) times
     (8 + the largest |score|), times how much the terms of its sum cancel. Where 16-bit tiles come rounded from a
     GPU kernel, two more roundings to the input dtype. ``tolerance`` is the largest bound of a sampled row.
+    ``damaged_rows`` counts the finished row chunks, sampled or not, whose output is not what was written.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Verification:
     mean_relative_error: float
     tolerance: float
     lse_max_abs_error: float
+    damaged_rows: int
     ok: bool
 
 
@@ -86,8 +88,12 @@ def verify_rows(
     seed: int,
     *,
     rounded_tiles: bool,
+    damaged: int,
 ) -> Verification:
-    """Compute ``rows`` sampled rows of the finished row chunks anew. ``lse_at(batch, head, row)``."""
+    """Compute ``rows`` sampled rows of the finished row chunks anew. ``lse_at(batch, head, row)``.
+
+    ``damaged``: how many row chunks are known to be; where a sampled row cannot be read, CqsaError is raised.
+    """
     errors, bounds, lse_errors, lse_scale = [], [], [0.0], 1.0
     for lane, chosen in _sample(problem, finished, axis, rows, seed).items():
         reference = _reference(problem, arrays, lane, chosen)
@@ -98,7 +104,9 @@ def verify_rows(
                 found = _read(out, batch, heads[head], range(row, row + 1))[0]
                 stored = lse_at(batch, heads[head], row)
             except ValueError as error:
-                raise CqsaError(f"the output of the run cannot be read: {error}") from error
+                raise CqsaError(
+                    f"the output of the run cannot be read: {error}; the same run command computes it again"
+                ) from error
             norm = float(expected[index].norm())
             errors.append(float((found - expected[index]).norm()) / (norm or 1.0))
             rounded = 2 * _TILE_ROUNDOFF[problem.dtype] if rounded_tiles else 0.0
@@ -119,7 +127,8 @@ def verify_rows(
         mean_relative_error=sum(errors) / max(1, count),
         tolerance=max(bounds, default=0.0),
         lse_max_abs_error=worst_lse,
-        ok=ok,
+        damaged_rows=damaged,
+        ok=ok and not damaged,
     )
 
 

@@ -15,14 +15,15 @@ TEMPORARY = ".tmp"
 
 
 def replace_file(path: Path, parts: Sequence[Any]) -> None:
-    """Make ``parts`` (buffers) the content of the file: it is seen whole or not at all. Raises OSError.
+    """Make ``parts`` (buffers) the content of the file: it is seen whole or not at all.
 
-    A full disk raises FullDiskError, the old content being untouched.
+    Whatever fails, the file is whole: it has its old content, or the new. Raises OSError naming it, FullDiskError where
+    the disk is full.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    with suppress(FileNotFoundError):
-        temporary.unlink()
     try:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             for part in parts:
@@ -39,8 +40,8 @@ def replace_file(path: Path, parts: Sequence[Any]) -> None:
             temporary.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             size = sum(memoryview(part).nbytes for part in parts)
-            raise FullDiskError(error.errno, f"disk full; {size} bytes more are needed for", str(path)) from error
-        raise
+            raise FullDiskError(error.errno, f"disk full; {size} bytes are needed for", str(path)) from error
+        raise OSError(error.errno, f"writing failed: {error.strerror}", str(path)) from error
 
 
 def make_directory(path: Path) -> None:
@@ -53,9 +54,11 @@ def make_directory(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the directory's entries durable."""
+    """Make the directory's entries durable. Raises OSError naming it."""
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(directory)

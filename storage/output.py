@@ -7,12 +7,25 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from cqsa_stream.storage.atomic import make_directory
 from cqsa_stream.storage.errors import ArrayError, FullDiskError
-from cqsa_stream.storage.tensorstore_array import clean_message, context
+from cqsa_stream.storage.retrying import retrying
+from cqsa_stream.storage.tensorstore_array import clean_message, context, system_error
 
-__all__ = ["DIMENSIONS", "create_array", "holds_array", "open_for_writing", "write"]
+__all__ = [
+    "DIMENSIONS",
+    "METADATA",
+    "create_array",
+    "holds_array",
+    "make_chunk_directory",
+    "open_for_writing",
+    "read",
+    "write",
+]
 
+METADATA = "zarr.json"
 DIMENSIONS = ("batch", "head", "token", "feature")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CODECS: dict[str, list[dict[str, Any]]] = {
     "none": [],
     "crc32c": [{"name": "crc32c"}],
@@ -64,26 +77,44 @@ def open_for_writing(path: Path) -> ts.TensorStore:
 
 
 def write(target: ts.TensorStore, values: np.ndarray) -> None:
-    """Write a whole slice durably: on return it is fsynced. Raises FullDiskError or OSError."""
+    """Write whole chunks durably: on return they are fsynced. Raises OSError naming the file, or FullDiskError."""
     try:
         target.write(ts.array(values, copy=False), can_reference_source_data_indefinitely=True).result()
     except (ValueError, OSError) as error:
-        message = clean_message(error)
-        if "No space left" in message or "quota" in message.lower():
-            raise FullDiskError(errno.ENOSPC, f"disk full; {values.nbytes} bytes more are needed: {message}") from error
-        raise OSError(message) from error
+        found = system_error(error) or OSError(clean_message(error))
+        if found.errno in _FULL:
+            raise FullDiskError(found.errno, f"disk full; {values.nbytes} bytes needed: {found.strerror}") from error
+        raise found from error
+
+
+@retrying
+def read(target: ts.TensorStore) -> np.ndarray:
+    """Read a slice. Raises ArrayError where a chunk is missing or damaged."""
+    try:
+        found: np.ndarray = target.read().result()
+    except (ValueError, OSError) as error:
+        raise ArrayError(clean_message(error)) from (system_error(error) or error)
+    return found
+
+
+def make_chunk_directory(array: ts.TensorStore, *cell: int) -> None:
+    """Create the directory of a chunk durably: TensorStore fsyncs a chunk and its directory, not those above it."""
+    assert array.kvstore is not None
+    make_directory(Path(array.kvstore.path).joinpath("c", *map(str, cell[:-1])))
 
 
 def holds_array(path: Path) -> bool:
     """Return whether an array was created here; a directory alone may be what a crash left of creating one."""
-    return (path / "zarr.json").exists()
+    return (path / METADATA).exists()
 
 
 def _open(spec: dict[str, Any], path: Path, *, create: bool) -> ts.TensorStore:
     try:
         return ts.open(spec, context=context(), create=create, open=not create, read=True, write=True).result()
     except (ValueError, OSError) as error:
-        message = clean_message(error)
-        if "No space left" in message:
-            raise FullDiskError(errno.ENOSPC, f"disk full: {message}") from error
-        raise ArrayError(f"{path}: {message}") from error
+        found = system_error(error)
+        if found is not None and found.errno in _FULL:
+            raise FullDiskError(found.errno, f"disk full: {found.strerror}") from error
+        if found is not None and create:
+            raise found from error
+        raise ArrayError(f"{path}: {clean_message(error)}") from error

@@ -8,17 +8,23 @@ replaced together, so they can never disagree; a file that fails a check is set 
 count as not done.
 """
 
+import io
+import logging
+import os
+import re
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from crc32c import crc32c
 
-from cqsa_stream.storage.atomic import TEMPORARY, make_directory, replace_file
+from cqsa_stream.storage.atomic import TEMPORARY, make_directory, replace_file, sync_directory
 from cqsa_stream.storage.errors import DamagedError
+from cqsa_stream.storage.retrying import retrying
 
 __all__ = ["Header", "PartialStore"]
 
@@ -27,6 +33,8 @@ _VERSION = 1
 _LAYOUT = struct.Struct("<8sIB3x32s7QII")  # ... cover, numbers checksums; the header's own follows
 _HEADER_BYTES = 4096
 _CHECKSUM = struct.Struct("<I")
+_NAME = re.compile(r"(\d{6,18})-(\d{6,18})\.partial")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,17 +79,22 @@ class Header:
 class PartialStore:
     """The partials of one run, in one directory.
 
-    ``row_elements`` gives, for a row, the elements of its lse and out, the latter of ``out_itemsize`` bytes each: what
-    a file claims is checked against them.
+    ``elements(row)`` gives the elements of a row's lse and out, the latter of ``out_itemsize`` bytes each: what a file
+    claims is checked against them. Of ``shape`` (lanes, rows, columns); files of other lanes or rows are not looked at.
     """
 
     def __init__(
-        self, directory: Path, run: bytes, row_elements: list[tuple[int, int]], columns: int, out_itemsize: int = 4
+        self,
+        directory: Path,
+        run: bytes,
+        shape: tuple[int, int, int],
+        elements: Callable[[int], tuple[int, int]],
+        out_itemsize: int = 4,
     ) -> None:
         self.directory = directory
         self.run = run
-        self.row_elements = row_elements
-        self.columns = columns
+        self.lanes, self.rows, self.columns = shape
+        self.elements = elements
         self.out_itemsize = out_itemsize
         self.bytes_written = 0
         self.bytes_read = 0
@@ -108,63 +121,92 @@ class PartialStore:
         self._replace(lane, row, True, (b"", b"", b""), 0, checksum)
         self._generations.pop((lane, row), None)
 
-    def covers(self, lane: int) -> Iterator[tuple[int, int | None]]:
-        """Yield (row, cover) of each stored partial of a lane; None stands for a finished row."""
-        for row in range(len(self.row_elements)):
+    def covers(self) -> list[dict[int, int | None]]:
+        """Return, for each lane, the covers of the stored partials by row; None stands for a finished row."""
+        found: list[dict[int, int | None]] = [{} for _ in range(self.lanes)]
+        for lane, row in self._stored():
             try:
-                header, cover = self._open(lane, row)
-            except FileNotFoundError:
+                header, cover = self._read(lane, row)
+            except FileNotFoundError:  # set aside meanwhile by the process that works in the run
                 continue
-            except DamagedError:
-                self._set_aside(lane, row)
+            except DamagedError as error:
+                self._set_aside(lane, row, error)
                 continue
-            yield row, None if header.finished else cover
+            found[lane][row] = None if header.finished else cover
+        return found
 
     def load_into(self, lane: int, row: int, lse: np.ndarray, out: np.ndarray) -> int:
         """Fill lse and out with the stored partial and return its cover; 0, where there is none or it is damaged."""
         try:
-            header, cover = self._open(lane, row)
-            if header.finished:
-                return 0
-            with self._path(lane, row).open("rb", buffering=0) as file:
-                file.seek(_HEADER_BYTES + header.cover_bytes)
-                views = (_bytes_of(lse), _bytes_of(out))
-                for view in views:
-                    _read_exactly(file, view)
-            checksum = crc32c(views[1], crc32c(views[0]))
-            if checksum != header.checksum:
-                raise DamagedError("the numbers fail their checksum")
+            header, cover = self._read(lane, row, (_bytes_of(lse), _bytes_of(out)))
         except FileNotFoundError:
             return 0
-        except DamagedError:
-            self._set_aside(lane, row)
+        except DamagedError as error:
+            self._set_aside(lane, row, error)
+            return 0
+        if header.finished:
             return 0
         self.bytes_read += _HEADER_BYTES + header.cover_bytes + header.lse_bytes + header.out_bytes
         return cover
 
-    def forget_finished(self, lanes: int) -> None:
-        """Drop every word that a row is finished, the output being gone."""
-        for lane in range(lanes):
-            for row in [row for row, cover in self.covers(lane) if cover is None]:
-                self._path(lane, row).unlink()
+    def finished_checksum(self, lane: int, row: int) -> int:
+        """Return what ``finish`` was told of a finished row."""
+        return self._read(lane, row)[0].checksum
 
-    def _open(self, lane: int, row: int) -> tuple[Header, int]:
-        with self._path(lane, row).open("rb", buffering=0) as file:
-            header = Header.unpack(file.read(_HEADER_BYTES))
-            lse, out = self.row_elements[row]
-            cover_bytes = -(-self.columns // 8)
-            sizes = (0, 0, 0) if header.finished else (cover_bytes, 8 * lse, self.out_itemsize * out)
-            found = (header.cover_bytes, header.lse_bytes, header.out_bytes)
-            if (header.run, header.lane, header.row, header.columns, *found) != (
-                self.run, lane, row, self.columns, *sizes,
-            ):  # fmt: skip
-                raise DamagedError("a header of another run, row or size")
-            bitmap = bytearray(header.cover_bytes)
-            _read_exactly(file, memoryview(bitmap))
-            if not header.finished and crc32c(bitmap) != header.cover_checksum:
-                raise DamagedError("the cover fails its checksum")
+    def unfinish(self, lane: int, row: int) -> None:
+        """Take back the word that a row is finished, its output being gone or damaged."""
+        self._path(lane, row).unlink(missing_ok=True)
+        self._generations.pop((lane, row), None)
+
+    def make_durable(self) -> None:
+        """Make what ``covers`` returned survive a power cut, as far as this process may: its writer is about to."""
+        with suppress(OSError):
+            sync_directory(self.directory)
+
+    def _stored(self) -> list[tuple[int, int]]:
+        try:
+            names = [path.name for path in self.directory.iterdir()]
+        except FileNotFoundError:
+            return []
+        places = [tuple(map(int, match.groups())) for name in names if (match := _NAME.fullmatch(name))]
+        return sorted((lane, row) for lane, row in places if lane < self.lanes and row < self.rows)
+
+    @retrying
+    def _read(self, lane: int, row: int, numbers: Sequence[memoryview] = ()) -> tuple[Header, int]:
+        """Return header and cover of a stored partial, all checked; fill ``numbers`` with its lse and out, checked."""
+        path = self._path(lane, row)
+        try:
+            with path.open("rb", buffering=0) as file:
+                head = bytearray(_HEADER_BYTES)
+                _read_exactly(file, memoryview(head))
+                header = Header.unpack(bytes(head))
+                self._refuse_misfit(header, lane, row, os.fstat(file.fileno()).st_size)
+                bitmap = bytearray(header.cover_bytes)
+                _read_exactly(file, memoryview(bitmap))
+                if not header.finished and crc32c(bitmap) != header.cover_checksum:
+                    raise DamagedError("the cover fails its checksum")
+                if numbers and not header.finished:
+                    checksum = 0
+                    for view in numbers:
+                        _read_exactly(file, view)
+                        checksum = crc32c(view, checksum)
+                    if checksum != header.checksum:
+                        raise DamagedError("the numbers fail their checksum")
+        except OSError as error:
+            raise OSError(error.errno, f"reading failed: {error.strerror}", str(path)) from error
         self._generations[lane, row] = header.generation
         return header, int.from_bytes(bitmap, "little")
+
+    def _refuse_misfit(self, header: Header, lane: int, row: int, size: int) -> None:
+        """Raise DamagedError where a header does not say what it must."""
+        lse, out = self.elements(row)
+        sizes = (0, 0, 0) if header.finished else (-(-self.columns // 8), 8 * lse, self.out_itemsize * out)
+        found = (header.run, header.lane, header.row, header.columns)
+        lengths = (header.cover_bytes, header.lse_bytes, header.out_bytes)
+        if found != (self.run, lane, row, self.columns) or lengths != sizes:
+            raise DamagedError("a header of another run, row or size")
+        if size != _HEADER_BYTES + sum(sizes):
+            raise DamagedError(f"{size} bytes; expected {_HEADER_BYTES + sum(sizes)}")
 
     def _replace(
         self,
@@ -188,10 +230,11 @@ class PartialStore:
     def _path(self, lane: int, row: int) -> Path:
         return self.directory / f"{lane:06d}-{row:06d}.partial"
 
-    def _set_aside(self, lane: int, row: int) -> None:
+    def _set_aside(self, lane: int, row: int, error: DamagedError) -> None:
         if self._ours:
             path = self._path(lane, row)
             path.replace(path.with_suffix(".damaged"))
+            _log.warning("%s: damaged (%s); it is set aside and its pairs are computed again", path, error)
 
 
 def _bytes_of(values: np.ndarray) -> memoryview:
@@ -199,9 +242,9 @@ def _bytes_of(values: np.ndarray) -> memoryview:
     return values.reshape(-1).view(np.uint8).data
 
 
-def _read_exactly(file: object, view: memoryview) -> None:
+def _read_exactly(file: io.FileIO, view: memoryview) -> None:
     while view:
-        count = file.readinto(view)  # type: ignore[attr-defined]
+        count = file.readinto(view)
         if not count:
             raise DamagedError(f"the file ends {len(view)} bytes early")
         view = view[count:]

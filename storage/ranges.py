@@ -19,6 +19,7 @@ import numpy as np
 from crc32c import crc32c
 
 from cqsa_stream.storage.errors import ArrayError
+from cqsa_stream.storage.retrying import retrying
 
 __all__ = [
     "BOUNCE_BYTES",
@@ -195,6 +196,7 @@ def _reason(error: OSError) -> str:
     return f"a stored chunk is missing, {_CURE}" if isinstance(error, FileNotFoundError) else str(error.strerror)
 
 
+@retrying
 def _read(piece: Piece, *, direct: bool = True) -> list[tuple[int, int]]:
     try:
         with opened(piece.file, direct=direct) as (number, past_cache):

@@ -15,8 +15,9 @@ import tensorstore as ts
 
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.raw import CURES
+from cqsa_stream.storage.retrying import retrying
 
-__all__ = ["TensorStoreArray", "clean_message", "context"]
+__all__ = ["TensorStoreArray", "clean_message", "context", "system_error"]
 
 _REFUSES_MISSING = ("n5", "zarr", "zarr2", "zarr3")  # drivers that can tell a missing chunk from one of zeros
 _RETRIES = {"max_retries": 3, "initial_delay": "200ms", "max_delay": "1s"}
@@ -40,7 +41,13 @@ def context() -> ts.Context:
 
 def clean_message(error: Exception) -> str:
     """Return TensorStore's message without its spec and source locations."""
-    return re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0]
+    return re.split(r" \[(?:tensorstore_spec|source locations|os_error_code)", str(error))[0]
+
+
+def system_error(error: Exception) -> OSError | None:
+    """Return the system's error behind one of TensorStore's, if there is one; its message names the file."""
+    code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    return OSError(int(code[1]), clean_message(error)) if code else None
 
 
 class TensorStoreArray:
@@ -95,6 +102,7 @@ class TensorStoreArray:
     def lead(self, batch: int, heads: range, tokens: range) -> int:
         return 0
 
+    @retrying
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
         pending: deque[ts.WriteFutures] = deque()
         fetched = 0
@@ -114,7 +122,7 @@ class TensorStoreArray:
         except (ValueError, OSError, NotImplementedError) as error:
             raise ArrayError(
                 f"{self.source}: {clean_message(error)}; write this chunk again (where it is missing: {CURES})"
-            ) from error
+            ) from (system_error(error) or error)
         finally:
             for future in pending:  # the buffer must not be written after this call
                 future.commit.exception()

@@ -20,6 +20,7 @@ from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.ranges import StoredFile, opened
 from cqsa_stream.storage.raw import CACHED_BYTES, CURES, RawArray, UnitFiles, WholeFiles
+from cqsa_stream.storage.retrying import retrying
 
 __all__ = ["Shards", "raw_zarr"]
 
@@ -183,6 +184,7 @@ class Shards:
             )
         return path, start, size
 
+    @retrying
     def _index(self, path: str) -> tuple[np.ndarray, int]:
         try:
             with opened(StoredFile(path, self._index_bytes, open_ended=True), direct=False) as (number, _):

@@ -249,11 +249,24 @@ def test_a_damaged_output_fails_verification(cli: Cli, tmp_path: Path) -> None:
     assert "cannot be read" in found.stderr
 
 
-def test_a_damaged_manifest_is_told_and_fresh_starts_anew(cli: Cli, tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_told_and_restored(cli: Cli, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert cli("generate", "d", "--tokens", 500, "--heads", 1, "--head-dim", 32).returncode == 0
     assert cli("run", *QKV, "out").returncode == 0
-    manifest = tmp_path / "out.run" / "run.json"
-    manifest.write_bytes(manifest.read_bytes()[:-40])
+    for name in ("run.json", "run.copy.json"):
+        manifest = tmp_path / "out.run" / name
+        whole = manifest.read_bytes()
+        manifest.write_bytes(whole[:-40])
+        assert cli("run", *QKV, "out").returncode == 0
+        assert manifest.read_bytes() == whole
+    assert "run.json: damaged" in caplog.text
+
+
+def test_a_manifest_damaged_with_its_copy_is_told_and_fresh_starts_anew(cli: Cli, tmp_path: Path) -> None:
+    assert cli("generate", "d", "--tokens", 500, "--heads", 1, "--head-dim", 32).returncode == 0
+    assert cli("run", *QKV, "out").returncode == 0
+    for name in ("run.json", "run.copy.json"):
+        manifest = tmp_path / "out.run" / name
+        manifest.write_bytes(manifest.read_bytes()[:-40])
     assert cli("run", *QKV, "out").returncode == 2
     assert cli("run", *QKV, "out", "--fresh").returncode == 2, "it cannot tell any more whose output this is"
     shutil.rmtree(tmp_path / "out")

@@ -1,0 +1,93 @@
+"""What a run is, as JSON that carries its own checksum; whatever a file claims is checked before it is believed."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cqsa_stream.problem import Problem
+from cqsa_stream.schedulers.grid import Axis, Grid
+from cqsa_stream.schedulers.planner import MOST_CHUNKS
+
+__all__ = ["Manifest"]
+
+_FORMAT = 2
+_MOST_LANES = 1 << 20
+_INPUTS = {"query", "key", "value"}
+_ABOUT_INPUT = {"source", "fingerprint", "shape", "dtype"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run is. ``inputs``: source, fingerprint, shape and dtype of each; ``out_tokens``: tokens of one stored
+    output chunk; ``output`` and ``lse`` are paths relative to the run directory.
+    """
+
+    problem: Problem
+    rows: Axis
+    columns: Axis
+    out_tokens: int
+    inputs: dict[str, dict[str, Any]]
+    output: str
+    lse: str
+    fill_missing: bool
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.of(self.rows, self.columns, self.problem.mask.keys_seen, self.problem.same_positions)
+
+    @property
+    def run_hash(self) -> bytes:
+        """The hash of problem and grid, which every stored partial carries."""
+        identity = {"problem": self.problem.to_dict(), "rows": asdict(self.rows), "columns": asdict(self.columns)}
+        return hashlib.sha256(_canonical(identity)).digest()
+
+    def to_json(self) -> bytes:
+        fields = {"format": _FORMAT, **asdict(self)}
+        fields["sha256"] = hashlib.sha256(_canonical(fields)).hexdigest()
+        return json.dumps(fields, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Manifest":
+        """Raises ValueError where this is not what ``to_json`` wrote, or says what no run can be."""
+        try:
+            fields = json.loads(data)
+            if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
+                raise ValueError(f"expected format {_FORMAT}")
+            checksum = fields.pop("sha256", None)
+            if checksum != hashlib.sha256(_canonical({"format": _FORMAT, **fields})).hexdigest():
+                raise ValueError("it fails its checksum")
+            problem = Problem.from_dict(fields["problem"])
+            axes = {name: Axis(**fields[name]) for name in ("rows", "columns")}
+            found = cls(**{**fields, "problem": problem, **axes})
+            found._refuse_the_impossible()
+        except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, UnicodeError) as error:
+            raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from error
+        return found
+
+    def _refuse_the_impossible(self) -> None:
+        """Raise ValueError where the fields do not fit together, or their sizes could exhaust memory."""
+        for axis, tokens in ((self.rows, self.problem.queries), (self.columns, self.problem.keys)):
+            if not all(type(n) is int for n in (axis.tokens, axis.chunk_tokens, axis.chunks)):
+                raise ValueError(f"a grid {axis}; expected whole numbers")
+            fits = axis.tokens == tokens and axis.chunk_tokens > 0 and axis.chunk_tokens * axis.chunks >= tokens
+            if not fits or not 0 < axis.chunks <= MOST_CHUNKS:
+                raise ValueError(f"a grid {axis} for {tokens} tokens")
+        if self.problem.lanes > _MOST_LANES:
+            raise ValueError(f"{self.problem.lanes} lanes; expected at most {_MOST_LANES}")
+        if type(self.out_tokens) is not int or not 0 < self.out_tokens <= self.rows.chunk_tokens:
+            raise ValueError(f"output chunks of {self.out_tokens!r} tokens, in row chunks of {self.rows.chunk_tokens}")
+        if type(self.fill_missing) is not bool:
+            raise ValueError(f"fill_missing {self.fill_missing!r}")
+        for path in (self.output, self.lse):
+            if type(path) is not str or not path or "\0" in path:
+                raise ValueError(f"a path {path!r}")
+        if set(self.inputs) != _INPUTS or not all(set(about) == _ABOUT_INPUT for about in self.inputs.values()):
+            raise ValueError(f"inputs {sorted(self.inputs)}; expected {sorted(_ABOUT_INPUT)} of {sorted(_INPUTS)}")
+        for about in self.inputs.values():
+            if not all(type(about[name]) is str for name in ("source", "fingerprint", "dtype")):
+                raise ValueError(f"an input {about}")
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
