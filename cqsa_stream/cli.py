@@ -70,7 +70,7 @@ def main() -> None:
         if code is None:
             raise
         usage = getattr(error, "format_message", None)  # what the parser has to say
-        print(f"cqsa: {' '.join((usage() if usage else str(error)).split())}", file=sys.stderr)
+        print(f"cqsa: {' '.join((usage() if usage else str(error) or type(error).__name__).split())}", file=sys.stderr)
         sys.exit(code)
 
 

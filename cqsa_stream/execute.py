@@ -1,10 +1,11 @@
 """A session of a run: problem -> plan -> check budgets -> compute -> report. In memory or durable."""
 
+import errno
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from cqsa_stream.admission import (
 )
 from cqsa_stream.allocator import returning_freed_memory
 from cqsa_stream.engine import Engine, Job
-from cqsa_stream.errors import CqsaError, FullDiskError, LockedError, RunStopped
+from cqsa_stream.errors import ArrayError, CqsaError, FullDiskError, LockedError, RunStopped
 from cqsa_stream.events import Ended, Observer, Started
 from cqsa_stream.kernels import kernel_for
 from cqsa_stream.machine import choose_device, free_budgets
@@ -46,6 +47,27 @@ _NO_MEMORY = ("allocate memory", "not enough memory", "start new thread", "bad_a
 _log = logging.getLogger(__name__)
 
 
+@contextmanager
+def _saying_what_ran_out() -> Iterator[None]:
+    """Running out of memory becomes a clear error: none of it is damaged by that."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"the device has no memory left ({error}); the run is intact: take a smaller --device-memory"
+        ) from error
+    except (MemoryError, RuntimeError, OSError) as error:
+        runs_out = getattr(error, "errno", None) == errno.ENOMEM or any(words in str(error) for words in _NO_MEMORY)
+        if not isinstance(error, MemoryError) and not runs_out:
+            raise
+        said = str(error).strip().splitlines()
+        raise MemoryError(
+            f"no host memory left ({said[0] if said else 'an allocation failed'}); the run is intact: take a smaller "
+            "--host-memory, or free some, and run the same command again"
+        ) from error
+
+
+@_saying_what_ran_out()
 @returning_freed_memory()
 def run_in_memory(
     problem: Problem,
@@ -67,6 +89,7 @@ def run_in_memory(
     return sink
 
 
+@_saying_what_ran_out()
 @returning_freed_memory()
 def run_on_disk(
     problem: Problem,
@@ -133,8 +156,7 @@ def _resume(
     refuse_differences(directory.manifest(), directory, target, problem, options)
     check_inputs(arrays)
     refuse_changed_inputs(directory.manifest(), fingerprints(arrays))
-    whole = is_complete(directory) and not directory.damaged_manifests(directory.manifest())
-    if whole and next(_damaged(directory, directory.manifest(), stop), None) is None:
+    if _is_whole(directory, stop):
         return
     with directory.locked():
         manifest = directory.manifest()
@@ -146,6 +168,17 @@ def _resume(
         refuse_over_budget(plan)
         refuse_what_is_not_there(plan)
         _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host)
+
+
+def _is_whole(directory: RunDirectory, stop: Stopper) -> bool:
+    """Return whether the run is finished and nothing of it is damaged."""
+    manifest = directory.manifest()
+    if not is_complete(directory) or directory.damaged_manifests(manifest):
+        return False
+    try:
+        return next(_damaged(directory, manifest, stop), None) is None
+    except ArrayError:  # what describes the output
+        return False
 
 
 def _damaged(directory: RunDirectory, manifest: Manifest, stop: Stopper) -> Iterator[tuple[int, int]]:
@@ -312,24 +345,6 @@ def _disk_used(path: Path) -> int:
     return sum(os.lstat(Path(folder, name)).st_blocks * 512 for folder, _, names in os.walk(path) for name in names)
 
 
-@contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """Make the device current; running out of memory becomes a clear error."""
-    try:
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                yield
-        else:
-            yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            f"{device} has no memory left ({error}); the run is intact: take a smaller --device-memory"
-        ) from error
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _NO_MEMORY):
-            raise
-        said = str(error).strip().splitlines()
-        raise MemoryError(
-            f"no host memory left ({said[0] if said else 'allocation failed'}); the run is intact: take a smaller "
-            "--host-memory, or free some, and run the same command again"
-        ) from error
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Make the device current."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

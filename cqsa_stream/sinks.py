@@ -13,7 +13,7 @@ from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.memory import MemoryArray
-from cqsa_stream.storage.output import make_chunk_directory, read, write
+from cqsa_stream.storage.output import read, write_chunk
 
 __all__ = ["MemorySink", "Sink", "ZarrSink"]
 
@@ -60,12 +60,12 @@ class ZarrSink:
         batch, heads, _ = self._problem.lane_heads(lane)
         for head, span in self._pieces(lane, row):
             piece = out[head - heads.start, span.start - start : span.stop - start].to(self._dtype).cpu()
-            make_chunk_directory(self._out, batch, head, span.start // self._out_tokens, 0)
             values = MemoryArray.of_tensor(piece).values
-            checksum = self._put(self._out[batch, head, span.start : span.stop], values, checksum)
+            checksum = self._put(self._out, (batch, head, span.start // self._out_tokens, 0), values, checksum)
+        numbers = lse.float().cpu().numpy()
         for head in heads:
-            make_chunk_directory(self._lse, batch, head, row)
-        return self._put(self._lse[self._lse_place(lane, row)], lse.float().cpu().numpy(), checksum)
+            checksum = self._put(self._lse, (batch, head, row), numbers[head - heads.start], checksum)
+        return checksum
 
     def holds(self, lane: int, row: int, checksum: int) -> bool:
         """Return whether what is stored of a row is what ``write`` returned this checksum for."""
@@ -90,8 +90,8 @@ class ZarrSink:
         span = self._rows.span(row)
         return batch, slice(heads.start, heads.stop), slice(span.start, span.stop)
 
-    def _put(self, target: ts.TensorStore, values: np.ndarray, checksum: int) -> int:
-        write(target, values)
+    def _put(self, array: ts.TensorStore, cell: tuple[int, ...], values: np.ndarray, checksum: int) -> int:
+        write_chunk(array, cell, values)
         self.bytes_written += values.nbytes
         return _checksum(values, checksum)
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from crc32c import crc32c
 
-from cqsa_stream.storage.atomic import make_directory
+from cqsa_stream.storage.atomic import make_directory, replace_file
 from cqsa_stream.storage.errors import ArrayError, FullDiskError
 from cqsa_stream.storage.retrying import retrying
 from cqsa_stream.storage.tensorstore_array import clean_message, context, system_error
@@ -17,10 +18,10 @@ __all__ = [
     "METADATA",
     "create_array",
     "holds_array",
-    "make_chunk_directory",
     "open_for_writing",
     "read",
     "write",
+    "write_chunk",
 ]
 
 METADATA = "zarr.json"
@@ -97,10 +98,21 @@ def read(target: ts.TensorStore) -> np.ndarray:
     return found
 
 
-def make_chunk_directory(array: ts.TensorStore, *cell: int) -> None:
-    """Create the directory of a chunk durably: TensorStore fsyncs a chunk and its directory, not those above it."""
+def write_chunk(array: ts.TensorStore, cell: tuple[int, ...], values: np.ndarray) -> None:
+    """Store one chunk of an array with crc32c durably, itself and the directories to it: a chunk is seen whole or not.
+
+    The last chunk of an axis is padded with zeros. Raises OSError naming the file, or FullDiskError.
+    """
+    chunk = array.chunk_layout.write_chunk.shape
+    assert chunk is not None
     assert array.kvstore is not None
-    make_directory(Path(array.kvstore.path).joinpath("c", *map(str, cell[:-1])))
+    values = values.reshape((1,) * (len(chunk) - values.ndim) + values.shape)
+    if values.shape != tuple(chunk):
+        values = np.pad(values, [(0, n - m) for n, m in zip(chunk, values.shape, strict=True)])
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    path = Path(array.kvstore.path).joinpath("c", *map(str, cell))
+    make_directory(path.parent)
+    replace_file(path, [data, crc32c(data).to_bytes(4, "little")])
 
 
 def holds_array(path: Path) -> bool:
