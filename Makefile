@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install demo test test-gpu lint types bench docs clean
+.PHONY: install demo test faults test-gpu lint types bench docs clean
 
 install: $(READY)
 
@@ -17,6 +17,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+faults: $(READY)
+	$(BIN)/python -m pytest -q tests/faults
 
 test-gpu:
 	$(PYTHON) -m pytest -q -m "not slow"

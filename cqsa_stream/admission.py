@@ -66,8 +66,9 @@ def refuse_other_inputs(target: Target, arrays: dict[str, TokenArray]) -> None:
     directory = RunDirectory(target.run_dir)
     if target.fresh or not directory.begun:
         return
-    for name, about in directory.manifest().inputs.items():
-        began, now = (tuple(about["shape"]), about["dtype"]), (tuple(arrays[name].shape), arrays[name].dtype)
+    problem = directory.manifest().problem
+    for name, shape in problem.input_shapes.items():
+        began, now = (shape, problem.dtype), (tuple(arrays[name].shape), arrays[name].dtype)
         if began != now:
             raise MismatchError(
                 f"the run in {directory.path} began with {name} of shape {began[0]}, {began[1]}; it is {now[0]}, "

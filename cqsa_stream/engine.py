@@ -231,7 +231,9 @@ class Engine:
         now = time.monotonic()
         step_s = now - self._last_safe
         reason = self.job.stop(self._commit_s + step_s / 2)
-        ahead = step_s + self._commit_s  # by the next safe point it would be too late
+        ahead = (
+            step_s + 2 * self._commit_s
+        )  # by the next safe point it would be too late; no commit takes as long again
         self._last_safe = now
         due = self.job.store is not None and now - self._last_checkpoint + ahead >= self.job.checkpoint_every_s
         if reason or due:

@@ -279,15 +279,7 @@ def _manifest(
         rows=plan.grid.rows,
         columns=plan.grid.columns,
         out_tokens=plan.layout.out_tokens,
-        inputs={
-            name: {
-                "source": array.source,
-                "fingerprint": prints[name],
-                "shape": list(array.shape),
-                "dtype": array.dtype,
-            }
-            for name, array in arrays.items()
-        },
+        inputs={name: {"source": array.source, "fingerprint": prints[name]} for name, array in arrays.items()},
         output=os.path.relpath(target.out, target.run_dir),
         lse=os.path.relpath(lse, target.run_dir),
         fill_missing=target.fill_missing,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,20 +15,20 @@ __all__ = ["Manifest"]
 _FORMAT = 2
 _MOST_LANES = 1 << 20
 _INPUTS = {"query", "key", "value"}
-_ABOUT_INPUT = {"source", "fingerprint", "shape", "dtype"}
+_ABOUT_INPUT = {"source", "fingerprint"}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run is. ``inputs``: source, fingerprint, shape and dtype of each; ``out_tokens``: tokens of one stored
-    output chunk; ``output`` and ``lse`` are paths relative to the run directory.
+    """What a run is. ``inputs``: source and fingerprint of each; ``out_tokens``: tokens of one stored output chunk;
+    ``output`` and ``lse`` are paths relative to the run directory.
     """
 
     problem: Problem
     rows: Axis
     columns: Axis
     out_tokens: int
-    inputs: dict[str, dict[str, Any]]
+    inputs: dict[str, dict[str, str]]
     output: str
     lse: str
     fill_missing: bool
@@ -80,12 +81,12 @@ class Manifest:
         if type(self.fill_missing) is not bool:
             raise ValueError(f"fill_missing {self.fill_missing!r}")
         for path in (self.output, self.lse):
-            if type(path) is not str or not path or "\0" in path:
+            if type(path) is not str or not path or b"\0" in os.fsencode(path):
                 raise ValueError(f"a path {path!r}")
         if set(self.inputs) != _INPUTS or not all(set(about) == _ABOUT_INPUT for about in self.inputs.values()):
             raise ValueError(f"inputs {sorted(self.inputs)}; expected {sorted(_ABOUT_INPUT)} of {sorted(_INPUTS)}")
         for about in self.inputs.values():
-            if not all(type(about[name]) is str for name in ("source", "fingerprint", "dtype")):
+            if not all(type(word) is str and b"\0" not in os.fsencode(word) for word in about.values()):
                 raise ValueError(f"an input {about}")
 
 

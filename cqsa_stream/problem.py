@@ -131,6 +131,14 @@ class Problem:
         return mask_of(self.causal, self.keys, self.q_start + self.first_query)
 
     @property
+    def input_shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        return {
+            "query": (self.batch, self.heads, self.query_tokens, self.head_dim),
+            "key": (self.batch, self.kv_heads, self.keys, self.head_dim),
+            "value": (self.batch, self.kv_heads, self.keys, self.value_dim),
+        }
+
+    @property
     def out_shape(self) -> tuple[int, int, int, int]:
         return (self.batch, self.heads, self.queries, self.value_dim)
 
@@ -152,10 +160,8 @@ class Problem:
                 raise ValueError(f"{name} {getattr(claimed, name)!r}; expected {kind.__name__}")
             if kind is int and abs(getattr(claimed, name)) > 2**62:
                 raise ValueError(f"{name} {getattr(claimed, name)}; expected at most 2^62")
-        query = (claimed.batch, claimed.heads, claimed.query_tokens, claimed.head_dim)
-        key, value = ((claimed.batch, claimed.kv_heads, claimed.keys, d) for d in (claimed.head_dim, claimed.value_dim))
         found = cls.of(
-            *(_Shaped(shape, claimed.dtype) for shape in (query, key, value)),
+            *(_Shaped(shape, claimed.dtype) for shape in claimed.input_shapes.values()),
             scale=claimed.scale,
             causal=claimed.causal,
             q_start=claimed.q_start,

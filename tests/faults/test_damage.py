@@ -5,12 +5,15 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import zarr
 
+import cqsa_stream as cqsa
+from cqsa_stream.generate import generate
 from tests.conftest import Cli
 from tests.reference import dense, error
 
@@ -35,23 +38,32 @@ REGIONS = {
 }
 
 
-@pytest.fixture
-def half(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that was stopped half way: finished rows, and partials that hold numbers."""
-    assert (
-        cli("generate", "d", "--tokens", TOKENS, "--heads", 1, "--head-dim", 32, "--dtype", "float32").returncode == 0
-    )
-    run(cli, "whole")
-    with monkeypatch.context() as patch:
-        left = iter([None] * 35)
-        patch.setattr("cqsa_stream.stopping.Stopper.__call__", lambda *_: next(left, "stopped"))
-        assert cli("run", *QKV, "out", *OPTIONS).returncode == 3
-    sizes = [p.stat().st_size for p in (tmp_path / "out.run/partials").iterdir()]
-    assert min(sizes) == 4096 < max(sizes)
-    return tmp_path
-
-
 OPTIONS = ("--causal", "--chunks", 13, "--schedule", "cqs", "--device", "cpu", "--host-memory", "64MiB")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inputs, a whole run, and one that was stopped half way: finished rows, and partials that hold numbers."""
+    folder = tmp_path_factory.mktemp("kept")
+    generate(folder / "d", tokens=TOKENS, heads=1, head_dim=32, dtype="float32")
+    q, k, v = (folder / path for path in QKV)
+    settings: Any = {"is_causal": True, "chunks": 13, "schedule": "cqs", "device": "cpu", "host_memory": "64MiB"}
+    cqsa.attention(q, k, v, out=folder / "whole", **settings)
+    left = iter([None] * 35)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cqsa_stream.stopping.Stopper.__call__", lambda *_: next(left, "stopped"))
+        with pytest.raises(cqsa.RunStopped):
+            cqsa.attention(q, k, v, out=folder / "out", **settings)
+    sizes = [p.stat().st_size for p in (folder / "out.run/partials").iterdir()]
+    assert min(sizes) == 4096 < max(sizes)
+    return folder
+
+
+@pytest.fixture
+def half(kept: Path, tmp_path: Path) -> Path:
+    """A copy of all that, in the folder where ``cli`` works."""
+    shutil.copytree(kept, tmp_path, symlinks=True, dirs_exist_ok=True)
+    return tmp_path
 
 
 def run(cli: Cli, out: str) -> None:

@@ -53,7 +53,7 @@ def check_failing_write(cqsa: Cqsa, made: Cqsa, schedule: str, where: str, error
     check_end(cqsa, made, schedule)
 
 
-@pytest.mark.parametrize(("where", "error"), [("partial, fsync", EIO), ("output", ENOSPC)])
+@pytest.mark.parametrize(("where", "error"), [("output, fsync", EIO), ("partial", ENOSPC)])
 def test_a_write_that_fails(where: str, error: int, cqsa: Cqsa, made: Cqsa) -> None:
     check_failing_write(cqsa, made, "cqs", where, error)
 
@@ -74,7 +74,7 @@ def test_news_that_cannot_be_written_end_no_run(cqsa: Cqsa, made: Cqsa) -> None:
     assert cqsa.result() == made.result("whole-cqs")
 
 
-@pytest.mark.parametrize("what", READS)
+@pytest.mark.parametrize("what", ["query", pytest.param("value", marks=pytest.mark.slow)])
 def test_a_read_that_fails_for_a_moment(what: str, cqsa: Cqsa, made: Cqsa) -> None:
     rule, named = READS[what]
     found = cqsa.run("out", *options("rectangular"), faults=f"{rule}:30:3:{EIO}")

@@ -28,6 +28,7 @@ def check_failing(cqsa: Cqsa, made: Cqsa, schedule: str, number: int, count: int
     return found.returncode
 
 
+@pytest.mark.slow
 def test_an_allocation_that_fails(cqsa: Cqsa, made: Cqsa) -> None:
     number = allocations(made, "cqs", cqsa.folder)
     assert check_failing(cqsa, made, "cqs", number - 20, -1) == 1

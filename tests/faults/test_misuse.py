@@ -19,6 +19,7 @@ def stopped(cqsa: Cqsa, schedule: str = "cqs") -> None:
     assert 0 < found["rows_done"] < found["rows_total"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [False, True])
 def test_two_processes(copied: bool, cqsa: Cqsa, made: Cqsa) -> None:
     process = cqsa.start("run", *QKV, "out", *options("cqs"), "--quiet")
@@ -54,6 +55,7 @@ def other_shape(cqsa: Cqsa) -> None:
     zarr.create_array(cqsa.folder / "d/k.zarr", data=np.ones((1, 2, 11_000, 64), np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [change_one_number, other_dtype, other_shape])
 def test_inputs_that_changed(change: object, cqsa: Cqsa, made: Cqsa) -> None:
     (cqsa.folder / "d").unlink()
@@ -83,6 +85,7 @@ def test_another_problem(words: tuple[object, ...], cqsa: Cqsa) -> None:
     assert "began with" in found.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["move", "copy"])
 def test_a_run_that_is_elsewhere(how: str, cqsa: Cqsa, made: Cqsa) -> None:
     stopped(cqsa, "rectangular")
@@ -101,6 +104,7 @@ def test_a_run_that_is_elsewhere(how: str, cqsa: Cqsa, made: Cqsa) -> None:
         assert not cqsa.status()["complete"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_run_directory_that_is_read_only(complete: bool, cqsa: Cqsa, made: Cqsa) -> None:
     if not is_root():
@@ -140,6 +144,7 @@ def test_a_clock_that_jumps(jump_s: int, schedule: str, cqsa: Cqsa, made: Cqsa) 
     assert 0 < found["elapsed_s"] < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_an_output_that_is_deleted_half_way(schedule: str, cqsa: Cqsa, made: Cqsa) -> None:
     stopped(cqsa, schedule)

@@ -8,8 +8,9 @@ import pytest
 from tests.faults.harness import QKV, SCHEDULES, Cqsa, options, wait_for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code", "schedule"), [(signal.SIGINT, 130, "cqs"), (signal.SIGTERM, 3, "rectangular")]
+    ("number", "code", "schedule"), [(signal.SIGTERM, 3, "rectangular"), (signal.SIGINT, 130, "cqs")]
 )
 def test_the_first_signal_stops_at_a_checkpoint(
     number: signal.Signals, code: int, schedule: str, cqsa: Cqsa, made: Cqsa
@@ -52,6 +53,7 @@ def test_the_second_signal_stops_at_once(number: signal.Signals, schedule: str, 
     assert cqsa("verify", "out.run", "--rows", 20).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_time_limit_counts_from_the_command(cqsa: Cqsa) -> None:
     words = ("--tokens", 120_000, "--heads", 2, "--head-dim", 64, "--dtype", "float32")
     assert cqsa("generate", "e", *words).returncode == 0
