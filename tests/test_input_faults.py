@@ -14,7 +14,7 @@ from cqsa_stream.events import Event, Progressed
 from cqsa_stream.storage.output import create_array, write
 from tests.conftest import Cli
 
-SHAPE = (1, 1, 24_000, 64)
+SHAPE = (1, 1, 18_000, 64)
 QKV = ("q", "k", "v")
 
 
@@ -22,7 +22,7 @@ def make(folder: Path, codec: str = "crc32c") -> None:
     """Write inputs of more bytes than the budget below lets a run keep in memory."""
     for number, name in enumerate(QKV):
         values = np.random.default_rng(number).standard_normal(SHAPE, np.float32)
-        write(create_array(folder / name, SHAPE, "float32", (1, 1, 4000, 64), codec), values)
+        write(create_array(folder / name, SHAPE, "float32", (1, 1, 3000, 64), codec), values)
 
 
 def last_chunk(folder: Path) -> Path:
@@ -47,7 +47,7 @@ def flipped(file: Path) -> None:
     file.write_bytes(data)
 
 
-OPTIONS: Any = {"is_causal": True, "host_memory": "32MiB", "schedule": "rectangular", "chunks": 31, "device": "cpu"}
+OPTIONS: Any = {"is_causal": True, "host_memory": "28MiB", "schedule": "rectangular", "chunks": 31, "device": "cpu"}
 FAULTS: list[tuple[Callable[[Path], None], str, str]] = [
     (missing, "none", "missing"),
     (missing, "zstd", "missing"),

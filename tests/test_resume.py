@@ -48,7 +48,7 @@ def result(path: Path) -> tuple[bytes, bytes]:
 def wait_for_work(run: Path, process: "subprocess.Popen[str]", timeout: float = 60) -> None:
     """Wait until the process has begun to compute."""
     deadline = time.monotonic() + timeout
-    while not (run / "session.json").exists():
+    while not (run / "events.jsonl").exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
