@@ -245,28 +245,26 @@ def _durable_session(
     host: HostPeak,
 ) -> None:
     store = directory.store(manifest)
-    store.prepare()
-    prepare_outputs(directory, manifest)
-    with outputs_locked(directory, manifest):
-        for lane, row in _damaged(directory, manifest, stop):
-            _log.warning(
-                "%s: what was written of row chunk %d of lane %d is damaged or gone; it is computed again",
-                directory.output_path(manifest),
-                row,
-                lane,
+    with _saying_how_much_disk(directory, manifest, plan):
+        store.prepare()
+        prepare_outputs(directory, manifest)
+        with outputs_locked(directory, manifest):
+            for lane, row in _damaged(directory, manifest, stop):
+                _log.warning(
+                    "%s: what was written of row chunk %d of lane %d is damaged or gone; it is computed again",
+                    directory.output_path(manifest), row, lane,
+                )  # fmt: skip
+                store.unfinish(lane, row)
+            used = replace(
+                options,
+                device=str(device),
+                device_memory=plan.device_allowed_bytes,
+                host_memory=plan.host_allowed_bytes,
+                schedule=plan.schedule,
             )
-            store.unfinish(lane, row)
-        sink = open_outputs(directory, manifest)
-        used = replace(
-            options,
-            device=str(device),
-            device_memory=plan.device_allowed_bytes,
-            host_memory=plan.host_allowed_bytes,
-            schedule=plan.schedule,
-        )
-        log = EventLog(directory, asdict(used))
-        session = _Session(manifest.problem, plan, device, arrays, sink, store, host, options)
-        with _saying_how_much_disk(directory, manifest, plan):
+            log = EventLog(directory, asdict(used))
+            sink = open_outputs(directory, manifest)
+            session = _Session(manifest.problem, plan, device, arrays, sink, store, host, options)
             session.run(everyone((log, *observers)), stop)
 
 

@@ -38,19 +38,25 @@ def replace_file(path: Path, parts: Sequence[Any]) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            size = sum(memoryview(part).nbytes for part in parts)
-            raise FullDiskError(error.errno, f"disk full; {size} bytes are needed for", str(path)) from error
-        raise OSError(error.errno, f"writing failed: {error.strerror}", str(path)) from error
+        raise _failure(error, path, sum(memoryview(part).nbytes for part in parts)) from error
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory, its parents and their entries, durably."""
+    """Create a directory, its parents and their entries, durably. Raises OSError naming it, or FullDiskError."""
     if path.is_dir():
         return
     make_directory(path.parent)
-    path.mkdir(exist_ok=True)
-    sync_directory(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise _failure(error, path, 4096) from error
+
+
+def _failure(error: OSError, path: Path, size: int) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FullDiskError(error.errno, f"disk full; {size} bytes are needed for", str(path))
+    return OSError(error.errno, f"writing failed: {error.strerror}", str(path))
 
 
 def sync_directory(path: Path) -> None:
