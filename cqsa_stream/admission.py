@@ -1,7 +1,7 @@
 """What is looked at before a run begins or goes on: nothing is overwritten, and nothing mixed, that should not be."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,6 +14,7 @@ from cqsa_stream.problem import Problem
 from cqsa_stream.run import RunDirectory
 from cqsa_stream.storage.arrays import TokenArray
 from cqsa_stream.storage.fingerprint import fingerprint
+from cqsa_stream.storage.output import holds_array
 
 __all__ = [
     "Target",
@@ -24,6 +25,7 @@ __all__ = [
     "refuse_occupied",
     "refuse_other_inputs",
     "refuse_overlap",
+    "refuse_strange_places",
     "results",
 ]
 
@@ -54,11 +56,18 @@ class Target:
         fill_missing: bool = False,
     ) -> "Target":
         """The run directory is ``OUT.run`` beside the output where none is named."""
-        path = Path(os.path.abspath(out))  # noqa: PTH100 - Path.absolute keeps ".."
+        path = _place(out)
         beside = path.with_name(path.name + ".run")
-        directory = beside if run_dir is None else Path(os.path.abspath(run_dir))  # noqa: PTH100
-        lse_path = None if lse is None else Path(os.path.abspath(lse))  # noqa: PTH100
-        return cls(path, directory, lse_path, fresh, fill_missing)
+        directory = beside if run_dir is None else _place(run_dir)
+        return cls(path, directory, None if lse is None else _place(lse), fresh, fill_missing)
+
+
+def _place(path: str | Path) -> Path:
+    """Return an absolute path without links in the folders that lead to it. Raises InputError where it names none."""
+    whole = Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps ".."
+    if not whole.name:
+        raise InputError(f"{path}: no name for a file; expected a path like out.zarr")
+    return Path(os.path.realpath(whole.parent), whole.name)
 
 
 def refuse_other_inputs(target: Target, arrays: dict[str, TokenArray]) -> None:
@@ -104,12 +113,12 @@ def refuse_overlap(target: Target, arrays: dict[str, TokenArray]) -> None:
     for name, array in arrays.items():
         if array.source == "memory" or "://" in array.source:
             continue
-        source = Path(array.source).resolve()
+        source = Path(os.path.realpath(array.source))
         for kind, path in places.items():
             if _nested(path, source):
                 raise InputError(f"{kind} {path} overlaps the {name} array {source}; name another place")
     for (kind, path), (other, place) in combinations(places.items(), 2):
-        if _nested(path, place) and path != target.run_dir / "lse.zarr" != place:
+        if _nested(path, place) and (kind, other, place) != ("run directory", "lse", target.run_dir / "lse.zarr"):
             raise InputError(f"{kind} {path} overlaps the {other} {place}; name another place")
     for kind, path in places.items():
         parent = next(p for p in path.parents if p.exists())
@@ -118,7 +127,7 @@ def refuse_overlap(target: Target, arrays: dict[str, TokenArray]) -> None:
 
 
 def _nested(a: Path, b: Path) -> bool:
-    a, b = a.resolve(), b.resolve()
+    a, b = Path(os.path.realpath(a)), Path(os.path.realpath(b))
     return a == b or a in b.parents or b in a.parents
 
 
@@ -128,10 +137,25 @@ def refuse_occupied(target: Target, directory: RunDirectory) -> None:
     if directory.path.exists() and not directory.path.is_dir():
         raise InputError(f"{directory.path} exists and is no directory; name another --run-dir")
     for path in (target.out, target.lse):
-        if path is not None and path.exists() and path not in ours:
+        if path is not None and path.exists() and path not in ours and not _left_empty(path, directory):
             raise InputError(f"{path} exists and is no result of the run in {directory.path}; name another path")
     if directory.path.exists() and not directory.begun and (foreign := directory.foreign()):
         raise InputError(f"{directory.path} exists and holds no run but {foreign[:3]}; name another --run-dir")
+
+
+def _left_empty(path: Path, directory: RunDirectory) -> bool:
+    """Return whether this is an empty folder, made for a run that was killed, or held, before it began."""
+    return directory.path.is_dir() and path.is_dir() and not any(path.iterdir())
+
+
+def refuse_strange_places(manifest: Manifest, directory: RunDirectory, named: Iterable[Path | None]) -> None:
+    """Raise InputError where nothing but a file's word says that output or lse belong where they would be created."""
+    for path in (directory.output_path(manifest), directory.lse_path(manifest)):
+        if path not in named and not path.is_relative_to(directory.path.parent) and not holds_array(path):
+            raise InputError(
+                f"{path}: no array is there, and it is not beside the run directory; name it, with the command or "
+                "call that began the run, to have it created"
+            )
 
 
 def results(directory: RunDirectory) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 import tensorstore as ts
 import torch
 
-from cqsa_stream.admission import Target, refuse_other_inputs
+from cqsa_stream.admission import Target, refuse_other_inputs, refuse_strange_places
 from cqsa_stream.errors import ArrayError, CqsaError, InputError
 from cqsa_stream.events import Figures, Observer
 from cqsa_stream.execute import run_in_memory, run_on_disk
@@ -21,7 +21,7 @@ from cqsa_stream.run import RunDirectory
 from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray, open_array
-from cqsa_stream.storage.output import holds_array, open_for_writing
+from cqsa_stream.storage.output import open_for_writing
 from cqsa_stream.verify import Verification, verify_rows
 
 __all__ = ["Run", "attention", "open_inputs", "open_run", "plan"]
@@ -229,28 +229,23 @@ class Run:
         predicted = ("seconds", "bytes_read", "bytes_written", "host_projected_bytes", "device_projected_bytes")
         measured = ("elapsed_s", "bytes_read", "bytes_written", "host_peak_bytes", "device_peak_bytes")
         names = ("seconds", "bytes_read", "bytes_written", "host_bytes", "device_bytes")
-        found["predicted"] = {name: plan.get(key) for name, key in zip(names, predicted, strict=True)} if plan else None
+        found["predicted"] = (
+            {n: plan[key] if _is_figure(plan.get(key)) else 0 for n, key in zip(names, predicted, strict=True)}
+            if plan
+            else None
+        )
         found["measured"] = {name: found[key] for name, key in zip(names, measured, strict=True)}
         return found
 
     def resume(self, observers: Sequence[Observer] = (), max_seconds: float | None = None) -> "Run":
         """Go on to the end, as the last session did. Raises as ``attention`` does."""
-        stop, out, lse = Stopper((signal.SIGINT,), max_seconds), *self._places()
+        stop = Stopper((signal.SIGINT,), max_seconds)
+        refuse_strange_places(self.manifest, self.directory, ())
+        out, lse = self.directory.output_path(self.manifest), self.directory.lse_path(self.manifest)
         target = Target(out, self.directory.path, lse, fill_missing=self.manifest.fill_missing)
         options = Options(max_seconds=max_seconds)
         run_on_disk(self.manifest.problem, self._inputs(), options, target, observers, stop)
         return self
-
-    def _places(self) -> tuple[Path, Path]:
-        """Return where output and lse are. Raises InputError where only a file's word says that they are ours."""
-        places = self.directory.output_path(self.manifest), self.directory.lse_path(self.manifest)
-        for path in places:
-            if not path.is_relative_to(self.directory.path.parent) and not holds_array(path):
-                raise InputError(
-                    f"{path}: no array is there, and it is not beside the run directory; name it, with the command or "
-                    "call that began the run, to have it created"
-                )
-        return places
 
     def verify(self, rows: int = 256, seed: int = 0) -> Verification:
         """Compare every finished row with the checksum of what was written, and sampled ones with float64.
@@ -310,12 +305,16 @@ def _sessions(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _figures(found: dict[str, Any]) -> dict[str, float]:
     """Return those of a file's words that are figures of a run."""
-    return {name: n for name, n in found.items() if name in Figures.__dataclass_fields__ and type(n) in (int, float)}
+    return {name: n for name, n in found.items() if name in Figures.__dataclass_fields__ and _is_figure(n)}
+
+
+def _is_figure(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**62  # not so: NaN, too
 
 
 def _plan(event: dict[str, Any]) -> dict[str, Any]:
     plan = event.get("plan")
-    return plan if isinstance(plan, dict) else {}
+    return {k: v for k, v in plan.items() if _is_figure(v) or type(v) is str} if isinstance(plan, dict) else {}
 
 
 def _eta(flops_left: int, last: dict[str, Any]) -> float | None:

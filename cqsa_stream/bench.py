@@ -20,8 +20,7 @@ from cqsa_stream.calibration import Calibration, trying
 from cqsa_stream.events import Ended, Event
 from cqsa_stream.execute import run_in_memory, run_on_disk
 from cqsa_stream.generate import generate
-from cqsa_stream.kernels import kernel_for
-from cqsa_stream.partial import fold
+from cqsa_stream.kernels import fold_for, kernel_for
 from cqsa_stream.planning import Options, plan_run
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.masks import TileMask
@@ -90,7 +89,7 @@ class _Calls:
     """Kernel calls and their merges, as the engine makes them."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, dim: int, most: int) -> None:
-        self._kernel, self._dim = kernel_for(device, dtype), dim
+        self._kernel, self._fold, self._dim = kernel_for(device, dtype), fold_for(device), dim
         self._q, self._k, self._v = (torch.randn(1, most, dim).to(device, dtype) for _ in range(3))
         self._out = torch.zeros(1, most, dim, device=device)
         self._lse = torch.full((1, most), -torch.inf, dtype=torch.float64, device=device)
@@ -101,7 +100,7 @@ class _Calls:
         queries = self._q[:, :rows].reshape(tiles, -1, self._dim)
         keys, values = (x[:, : columns or rows].reshape(tiles, -1, self._dim) for x in (self._k, self._v))
         tile, tile_lse = self._kernel.attend(queries, keys, values, mask, self._dim**-0.5)
-        fold(self._out[:, :rows], self._lse[:, :rows], tile.reshape(1, rows, -1), tile_lse.reshape(1, rows))
+        self._fold(self._out[:, :rows], self._lse[:, :rows], tile.reshape(1, rows, -1), tile_lse.reshape(1, rows))
 
 
 @returning_freed_memory()

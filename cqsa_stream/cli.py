@@ -267,7 +267,7 @@ def _query_range(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     first, colon, stop = text.partition(":")
-    if not (colon and first.isdecimal() and stop.isdecimal()):
+    if not (colon and all(n.isdecimal() and len(n) < 19 for n in (first, stop))):
         from cqsa_stream.errors import InputError
 
         raise InputError(f"--queries {text!r}; expected A:B, as 0:4096")

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from cqsa_stream.errors import RunStopped
 from cqsa_stream.events import Checkpointed, Observer, Progressed
 from cqsa_stream.held import HeldRows
-from cqsa_stream.kernels import Kernel
+from cqsa_stream.kernels import Fold, Kernel
 from cqsa_stream.meter import Meter
-from cqsa_stream.partial import Partial, fold
+from cqsa_stream.outbox import Outbox
+from cqsa_stream.partial import Partial
 from cqsa_stream.prefetch import Prefetcher, Read
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.masks import Call
@@ -50,6 +52,7 @@ class Job:
     store: PartialStore | None
     device: torch.device
     kernel: Kernel
+    fold: Fold
     stop: Callable[[float], str | None]
     observer: Observer
     meter: Meter
@@ -58,11 +61,11 @@ class Job:
 
 @dataclass(frozen=True)
 class _Leaving:
-    """A complete row on its way out; its place in memory is taken until it is written."""
+    """A complete row on its way out; until it is written, it takes a place in the outbox, or its own in memory."""
 
     lane: int
     row: int
-    slot: int
+    place: int
     written: Future[None]
 
 
@@ -80,6 +83,7 @@ class Engine:
         self._commit_s = 0.0
         self._last_report = 0.0
         self._leaving: deque[_Leaving] = deque()
+        self._outbox: Outbox | None = None
 
     def run(self) -> None:
         """Compute every pair that is not covered yet. Raises RunStopped after a checkpoint, or what went wrong."""
@@ -118,6 +122,7 @@ class Engine:
         stage = Stage(self.job.device, stored, compute, layout, widths)
         with (
             Prefetcher(self._reads(), self.job.arrays, layout, self.job.device) as stream,
+            self._new_outbox() as self._outbox,
             ThreadPoolExecutor(1, "cqsa-finish") as self._writer,
         ):
             for lane in range(problem.lanes):
@@ -149,8 +154,7 @@ class Engine:
                 stage.queries(next(stream), queries[row][:, tokens.start - span.start : tokens.stop - span.start])
             if self.sign != 1.0:
                 queries[row].mul_(self.sign)  # kernels mask before they scale: only a positive scale keeps -inf
-            while held.full and self._leaving:
-                self._settle_first(held)
+            self._make_room(held)
             held.partial(row, task.rows, lambda r: self.schedule.next_row(r, number))
         for column, rows in task.steps:
             for tokens in pieces(self.grid.columns.span(column), self.plan.layout.block_tokens):
@@ -171,7 +175,7 @@ class Engine:
             rows = slice(call.rows.start - span.start, call.rows.stop - span.start)
             columns = slice(call.columns.start - tokens.start, call.columns.stop - tokens.start)
             tile = self._call(queries[:, rows], key[:, columns], value[:, columns], call)
-            fold(partial.out[:, rows], partial.lse[:, rows], *tile)
+            self.job.fold(partial.out[:, rows], partial.lse[:, rows], *tile)
             del tile  # before the next call makes its own
 
     def _call(self, queries: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -191,8 +195,7 @@ class Engine:
         for row in range(self.grid.rows.chunks):
             cover = self.covers[lane].get(row, 0)
             if self.grid.rows.span(row) and cover is not None and cover == self.grid.complete_cover(row):
-                while held.full and self._leaving:
-                    self._settle_first(held)
+                self._make_room(held)
                 if held.partial(row, (), lambda _: 0).cover == cover:
                     self._finish(held, row)
                 else:
@@ -201,11 +204,33 @@ class Engine:
 
     def _finish(self, held: HeldRows, row: int) -> None:
         """Hand a complete row to the thread that writes it while the next rows compute."""
-        partial, slot = held.retire(row)
-        self._leaving.append(_Leaving(held.lane, row, slot, self._writer.submit(self._write, held.lane, row, partial)))
+        partial, place = held.retire(row)
+        copied = None
+        if self._outbox is not None:
+            while self._outbox.full:
+                self._settle_first(held)
+            slot = place
+            place, partial, copied = self._outbox.take(partial)
+            held.free(slot, copied)
+        written = self._writer.submit(self._write, held.lane, row, partial, copied)
+        self._leaving.append(_Leaving(held.lane, row, place, written))
 
-    def _write(self, lane: int, row: int, partial: Partial) -> None:
+    def _new_outbox(self) -> AbstractContextManager[Outbox | None]:
+        if self.job.device.type == "cpu":
+            return nullcontext()
+        rows = self.problem.group * self.grid.rows.chunk_tokens
+        dtype = getattr(torch, self.problem.partial_dtype)
+        return Outbox(self.job.device, self.plan.layout.leaving_rows, rows * self.problem.value_dim, rows, dtype)
+
+    def _make_room(self, held: HeldRows) -> None:
+        """Wait for rows that leave from their own places, where another one needs a place."""
+        while held.full and self._leaving and self._outbox is None:
+            self._settle_first(held)
+
+    def _write(self, lane: int, row: int, partial: Partial, copied: torch.cuda.Event | None) -> None:
         """Make a row's output durable, and only then replace its partial by the word that it is finished."""
+        if copied is not None:
+            copied.synchronize()  # this thread has nothing else to do
         checksum = self.job.sink.write(lane, row, partial.out, partial.lse)
         if self.job.store is not None:
             self.job.store.finish(lane, row, checksum)
@@ -218,7 +243,10 @@ class Engine:
     def _settle_first(self, held: HeldRows) -> None:
         leaving = self._leaving.popleft()
         leaving.written.result()
-        held.free(leaving.slot)
+        if self._outbox is None:
+            held.free(leaving.place)
+        else:
+            self._outbox.free(leaving.place)
         self.job.meter.row_finished(leaving.lane, leaving.row)
 
     def _safe_point(self, held: HeldRows, lane: int, column: int, rows: tuple[int, ...]) -> None:

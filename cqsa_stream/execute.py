@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,18 +21,19 @@ from cqsa_stream.admission import (
     refuse_occupied,
     refuse_other_inputs,
     refuse_overlap,
+    refuse_strange_places,
     results,
 )
 from cqsa_stream.allocator import returning_freed_memory
 from cqsa_stream.engine import Engine, Job
 from cqsa_stream.errors import ArrayError, CqsaError, FullDiskError, LockedError, RunStopped
 from cqsa_stream.events import Ended, Observer, Started
-from cqsa_stream.kernels import kernel_for
+from cqsa_stream.kernels import fold_for, kernel_for
 from cqsa_stream.machine import choose_device, free_budgets
 from cqsa_stream.manifest import Manifest
 from cqsa_stream.meter import HostPeak, Meter
 from cqsa_stream.observers import EventLog, everyone
-from cqsa_stream.outputs import damaged_rows, is_complete, open_outputs, outputs_exist, outputs_locked, prepare_outputs
+from cqsa_stream.outputs import damaged_rows, is_complete, open_outputs, output_locked, outputs_exist, prepare_outputs
 from cqsa_stream.planning import CHECKPOINT_EVERY_S, Options, plan_run, refuse_over_budget, refuse_what_is_not_there
 from cqsa_stream.problem import Problem
 from cqsa_stream.run import RunDirectory
@@ -132,12 +134,15 @@ def _begin(
     refuse_what_is_not_there(plan)
     check_inputs(arrays)
     prints = fingerprints(arrays)
-    with directory.locked():
+    manifest = _manifest(problem, plan, arrays, prints, target)
+    disk = _saying_how_much_disk(directory, manifest, plan)
+    with disk, directory.locked(), output_locked(target.out):
         if target.fresh:
             _discard(directory, target)
         elif directory.begun:
             raise LockedError(f"{directory.path}: another process has just begun this run; the same command resumes it")
-        manifest = _manifest(problem, plan, arrays, prints, target)
+        else:
+            refuse_occupied(target, directory)  # another run may have come here meanwhile
         directory.begin(manifest)
         _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host)
 
@@ -154,20 +159,23 @@ def _resume(
 ) -> None:
     refuse_other_inputs(target, arrays)
     refuse_differences(directory.manifest(), directory, target, problem, options)
+    refuse_strange_places(directory.manifest(), directory, (target.out, target.lse))
     check_inputs(arrays)
     refuse_changed_inputs(directory.manifest(), fingerprints(arrays))
     if _is_whole(directory, stop):
         return
-    with directory.locked():
+    with directory.locked(), output_locked(target.out):
         manifest = directory.manifest()
-        directory.restore(manifest)
+        refuse_differences(manifest, directory, target, problem, options)  # another may have begun here meanwhile
         options = _inherit(options, directory)
         plan, device = plan_run(
             problem, arrays, options, durable=True, grid=manifest.grid, out_tokens=manifest.out_tokens
         )
         refuse_over_budget(plan)
         refuse_what_is_not_there(plan)
-        _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host)
+        with _saying_how_much_disk(directory, manifest, plan):
+            directory.restore(manifest)
+            _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host)
 
 
 def _is_whole(directory: RunDirectory, stop: Stopper) -> bool:
@@ -184,8 +192,8 @@ def _is_whole(directory: RunDirectory, stop: Stopper) -> bool:
 def _damaged(directory: RunDirectory, manifest: Manifest, stop: Stopper) -> Iterator[tuple[int, int]]:
     """Yield (lane, row) of the finished rows whose output is not what was written. Raises RunStopped when told to."""
     for lane, row, good in damaged_rows(directory, manifest):
-        if reason := stop():
-            raise RunStopped(reason)
+        if stop.received is not None:  # a time limit waits for work to be done
+            raise RunStopped(stop() or "")
         if not good:
             yield lane, row
 
@@ -215,6 +223,7 @@ class _Session:
                     store=self.store,
                     device=self.device,
                     kernel=kernel_for(self.device, getattr(torch, self.problem.dtype)),
+                    fold=fold_for(self.device),
                     stop=stop,
                     observer=observer,
                     meter=meter,
@@ -245,27 +254,25 @@ def _durable_session(
     host: HostPeak,
 ) -> None:
     store = directory.store(manifest)
-    with _saying_how_much_disk(directory, manifest, plan):
-        store.prepare()
-        prepare_outputs(directory, manifest)
-        with outputs_locked(directory, manifest):
-            for lane, row in _damaged(directory, manifest, stop):
-                _log.warning(
-                    "%s: what was written of row chunk %d of lane %d is damaged or gone; it is computed again",
-                    directory.output_path(manifest), row, lane,
-                )  # fmt: skip
-                store.unfinish(lane, row)
-            used = replace(
-                options,
-                device=str(device),
-                device_memory=plan.device_allowed_bytes,
-                host_memory=plan.host_allowed_bytes,
-                schedule=plan.schedule,
-            )
-            log = EventLog(directory, asdict(used))
-            sink = open_outputs(directory, manifest)
-            session = _Session(manifest.problem, plan, device, arrays, sink, store, host, options)
-            session.run(everyone((log, *observers)), stop)
+    store.prepare()
+    prepare_outputs(directory, manifest)
+    for lane, row in _damaged(directory, manifest, stop):
+        _log.warning(
+            "%s: what was written of row chunk %d of lane %d is damaged or gone; it is computed again",
+            directory.output_path(manifest), row, lane,
+        )  # fmt: skip
+        store.unfinish(lane, row)
+    used = replace(
+        options,
+        device=str(device),
+        device_memory=plan.device_allowed_bytes,
+        host_memory=plan.host_allowed_bytes,
+        schedule=plan.schedule,
+    )
+    log = EventLog(directory, asdict(used))
+    sink = open_outputs(directory, manifest)
+    session = _Session(manifest.problem, plan, device, arrays, sink, store, host, options)
+    session.run(everyone((log, *observers)), stop)
 
 
 def _manifest(
@@ -293,6 +300,14 @@ def _inherit(options: Options, directory: RunDirectory) -> Options:
         last = event.get("options") if event.get("event") == "started" else last
     if not isinstance(last, dict):
         return options
+    kinds: dict[str, Any] = {
+        "device": str,
+        "schedule": str,
+        "device_memory": int,
+        "host_memory": int,
+        "checkpoint_every_s": int | float,
+    }
+    last = {name: value for name, value in last.items() if name in kinds and isinstance(value, kinds[name])}
     names: tuple[str, ...] = ("device", "device_memory", "host_memory", "schedule", "checkpoint_every_s")
     if options.device is not None and options.device != last.get("device"):
         names = ("schedule", "checkpoint_every_s")  # budgets of another device say nothing
@@ -306,9 +321,11 @@ def _inherit(options: Options, directory: RunDirectory) -> Options:
 
 
 def _discard(directory: RunDirectory, target: Target) -> None:
-    """Remove what an earlier run left, and of its results what the user named."""
-    named = {path for path in results(directory) if path in (target.out, target.lse)}
-    for path in (*named, *(directory.path / name for name in ("lse.zarr", "partials", "results.zarr"))):
+    """Remove what an earlier run left, and of its results what the user named; the output's folder is held: emptied."""
+    for path in {path for path in results(directory) if path in (target.out, target.lse) and path.is_dir()}:
+        for part in path.iterdir():
+            shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+    for path in (directory.path / name for name in ("lse.zarr", "partials", "results.zarr")):
         if path.exists():
             shutil.rmtree(path)
     for name in ("events.jsonl", "session.json", "run.copy.json", "run.json"):  # without the last, the rest is foreign
@@ -321,13 +338,15 @@ def _saying_how_much_disk(directory: RunDirectory, manifest: Manifest, plan: Pla
     try:
         yield
     except FullDiskError as error:
-        places = (directory.output_path(manifest), directory.path, directory.lse_path(manifest))
-        more = max(0, plan.footprint.disk_bytes - sum(map(_disk_used, {p for p in places if p.exists()})))
-        free = shutil.disk_usage(directory.path).free
+        output = directory.output_path(manifest)
+        used = sum(map(_disk_used, {directory.path, output}))
+        more = max(0, plan.footprint.disk_bytes - used)
+        full = Path(error.filename) if error.filename else output
+        free = shutil.disk_usage(next(p for p in (full, *full.parents) if p.exists())).free
         raise FullDiskError(
             error.errno,
-            f"{error}; to its end the run needs about {more / 2**20:.1f} MiB more, {free / 2**20:.1f} MiB are free: "
-            "make room, and the same command resumes",
+            f"{error.strerror} {full}; to its end the run needs about {more / 2**20:.1f} MiB more, {free / 2**20:.1f} "
+            "MiB are free there: make room, and the same command resumes",
         ) from error
 
 

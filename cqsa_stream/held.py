@@ -47,6 +47,7 @@ class HeldRows:
         self._out = torch.empty(places, rows * problem.value_dim, dtype=numbers, device=device)
         self._lse = torch.empty(places, rows, dtype=torch.float64, device=device)
         self._free = list(range(places))
+        self._until: dict[int, torch.cuda.Event | None] = {}
         self._resident: dict[int, _Resident] = {}
         self._host_out = torch.empty(layout.parked_rows, rows * problem.value_dim, dtype=numbers)
         self._host_lse = torch.empty(layout.parked_rows, rows, dtype=torch.float64)
@@ -91,7 +92,9 @@ class HeldRows:
         resident = self._resident.pop(row)
         return resident.partial, resident.slot
 
-    def free(self, slot: int) -> None:
+    def free(self, slot: int, until: torch.cuda.Event | None = None) -> None:
+        """Say that a place can be used again, on CUDA once the event has happened: its stream waits for that."""
+        self._until[slot] = until
         self._free.append(slot)
 
     def commit(self) -> int:
@@ -146,6 +149,8 @@ class HeldRows:
 
     def _load(self, row: int, slot: int) -> _Resident:
         partial = self._place(row, self._out[slot], self._lse[slot])
+        if (until := self._until.pop(slot, None)) is not None:
+            torch.cuda.current_stream(self._device).wait_event(until)
         if (parked := self._parked.pop(row, None)) is not None:
             partial.out.copy_(parked.partial.out)
             partial.lse.copy_(parked.partial.lse)

@@ -13,7 +13,6 @@ from cqsa_stream.schedulers.planner import MOST_CHUNKS
 __all__ = ["Manifest"]
 
 _FORMAT = 2
-_MOST_LANES = 1 << 20
 _INPUTS = {"query", "key", "value"}
 _ABOUT_INPUT = {"source", "fingerprint"}
 
@@ -74,8 +73,6 @@ class Manifest:
             fits = axis.tokens == tokens and axis.chunk_tokens > 0 and axis.chunk_tokens * axis.chunks >= tokens
             if not fits or not 0 < axis.chunks <= MOST_CHUNKS:
                 raise ValueError(f"a grid {axis} for {tokens} tokens")
-        if self.problem.lanes > _MOST_LANES:
-            raise ValueError(f"{self.problem.lanes} lanes; expected at most {_MOST_LANES}")
         if type(self.out_tokens) is not int or not 0 < self.out_tokens <= self.rows.chunk_tokens:
             raise ValueError(f"output chunks of {self.out_tokens!r} tokens, in row chunks of {self.rows.chunk_tokens}")
         if type(self.fill_missing) is not bool:

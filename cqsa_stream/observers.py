@@ -1,6 +1,7 @@
 """Observers: who watches a run. Each is called with every event; the engine knows none of them."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from cqsa_stream.events import Checkpointed, Ended, Event, Figures, Observer, Progressed, Started
 from cqsa_stream.run import RunDirectory
+
+_log = logging.getLogger(__name__)
 
 __all__ = [
     "EventLog",
@@ -25,12 +28,16 @@ __all__ = [
 
 
 def everyone(observers: Iterable[Observer]) -> Observer:
-    """Return an observer that passes each event on to all."""
-    watching = tuple(observers)
+    """Return an observer that passes each event on to all; who can no longer be told (a closed pipe) is left out."""
+    watching = list(observers)
 
     def observe(event: Event) -> None:
-        for observer in watching:
-            observer(event)
+        for observer in tuple(watching):
+            try:
+                observer(event)
+            except OSError as error:
+                watching.remove(observer)
+                _log.warning("%s: %s is told no more", error, type(observer).__name__)
 
     return observe
 

@@ -1,6 +1,7 @@
 """The results of a run on disk: made, opened, held by one process, and checked against what was written."""
 
 import fcntl
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -11,56 +12,80 @@ from cqsa_stream.errors import LockedError, MismatchError
 from cqsa_stream.manifest import Manifest
 from cqsa_stream.run import RunDirectory
 from cqsa_stream.sinks import ZarrSink
-from cqsa_stream.storage.atomic import make_directory
+from cqsa_stream.storage.atomic import make_directory, open_regular
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.output import METADATA, create_array, holds_array, open_for_writing
+from cqsa_stream.storage.output import METADATA, create_array, described, holds_array, open_for_writing
 
-__all__ = ["damaged_rows", "is_complete", "open_outputs", "outputs_exist", "outputs_locked", "prepare_outputs"]
+__all__ = ["damaged_rows", "is_complete", "open_outputs", "output_locked", "outputs_exist", "prepare_outputs"]
 
+_MOST_METADATA_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
 def prepare_outputs(directory: RunDirectory, manifest: Manifest) -> None:
     """Create the output and lse arrays where they are missing, or what describes them is damaged."""
-    problem, tokens = manifest.problem, manifest.out_tokens
-    out = (problem.out_shape, problem.out_dtype, (1, 1, tokens, problem.value_dim))
-    _prepare(directory.output_path(manifest), *out)
-    _prepare(directory.lse_path(manifest), problem.out_shape[:3], "float32", (1, 1, manifest.rows.chunk_tokens))
-
-
-def _prepare(path: Path, shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> None:
-    make_directory(path)
-    if holds_array(path):
-        try:
-            array = open_for_writing(path)
-        except ArrayError as error:
+    for path, expected in _wanted(directory, manifest).items():
+        make_directory(path)
+        if holds_array(path) and (wrong := _misdescribed(path, expected)):
             (path / METADATA).replace(path / (METADATA + ".damaged"))
-            _log.warning("%s; it is set aside and written again", error)
-        else:
-            found = (tuple(array.shape), array.dtype.name, tuple(array.chunk_layout.write_chunk.shape or ()))
-            if found != (shape, dtype, chunk):
-                raise MismatchError(f"{path}: shape, dtype, chunks {found}; this run wrote {(shape, dtype, chunk)}")
-            return
-    create_array(path, shape, dtype, chunk)
+            _log.warning("%s; it is set aside and written again", wrong)
+        if not holds_array(path):
+            create_array(path, *expected)
+
+
+def _wanted(directory: RunDirectory, manifest: Manifest) -> dict[Path, tuple[tuple[int, ...], str, tuple[int, ...]]]:
+    """Return shape, dtype and chunks of the output and lse arrays, by their paths."""
+    problem, tokens = manifest.problem, manifest.out_tokens
+    return {
+        directory.output_path(manifest): (problem.out_shape, problem.out_dtype, (1, 1, tokens, problem.value_dim)),
+        directory.lse_path(manifest): (problem.out_shape[:3], "float32", (1, 1, manifest.rows.chunk_tokens)),
+    }
+
+
+def _misdescribed(path: Path, expected: tuple[tuple[int, ...], str, tuple[int, ...]]) -> str:
+    """Return what is wrong with an array's zarr.json, if anything is: all of it is known.
+
+    Raises MismatchError where it describes another array: that may be somebody's, in the place of ours.
+    """
+    file = path / METADATA
+    with open_regular(file) as opened:
+        data = opened.read(_MOST_METADATA_BYTES)
+    wanted = described(*expected)
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return f"{file}: damaged ({error})"
+    if found == wanted:
+        return ""
+    for name in ("shape", "data_type", "chunk_grid"):
+        if isinstance(found, dict) and found.get("zarr_format") == 3 and name in found and found[name] != wanted[name]:
+            raise MismatchError(
+                f"{file}: {name} {str(found[name])[:80]}; this run wrote {wanted[name]}. Is this another array? Move "
+                "it away. Is it the run's own, damaged? Remove zarr.json: it is written again"
+            )
+    return f"{file}: damaged (not what was written)"
 
 
 def open_outputs(directory: RunDirectory, manifest: Manifest) -> ZarrSink:
-    """Open both arrays. Raises ArrayError."""
+    """Open both arrays. Raises ArrayError where they are missing, or not described as they must be."""
+    for path, expected in _wanted(directory, manifest).items():
+        if holds_array(path) and (wrong := _misdescribed(path, expected)):
+            raise ArrayError(wrong)
     out, lse = (open_for_writing(path) for path in (directory.output_path(manifest), directory.lse_path(manifest)))
     return ZarrSink(manifest.problem, out, lse, manifest.rows, manifest.out_tokens)
 
 
 @contextmanager
-def outputs_locked(directory: RunDirectory, manifest: Manifest) -> Iterator[None]:
-    """Hold the output for this process: a copy of the run directory may name it too. Raises LockedError."""
-    path = directory.output_path(manifest)
+def output_locked(path: Path) -> Iterator[None]:
+    """Hold an output for this process: other run directories may name it too. Raises LockedError."""
+    make_directory(path)
     number = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise LockedError(
-                f"{path}: another run directory's process writes there; wait for it, or name another output"
+                f"{path}: the process of another run directory writes there; wait for it, or name another output"
             ) from error
         except OSError:  # a file system that cannot lock a directory: the run directory's own lock holds
             pass

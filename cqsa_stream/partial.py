@@ -38,11 +38,11 @@ def fold(
     tile_out: Float[Tensor, "heads q dv"],
     tile_lse: Float[Tensor, "heads q"],
 ) -> None:
-    """Merge a kernel's tile into the accumulator ``out`` (of the tile's dtype), ``lse`` (float64), in place."""
+    """Merge a kernel's tile into the accumulator ``out`` (no narrower than the tile), ``lse`` (float64), in place."""
     tile_lse = tile_lse.double()
     total = torch.logaddexp(lse, tile_lse)
     weight = torch.exp(tile_lse - total).nan_to_num_(nan=0.0)  # -inf - -inf: neither side saw a key
-    out.lerp_(tile_out, weight.to(out.dtype).unsqueeze(-1))
+    out.lerp_(tile_out.to(out.dtype), weight.to(out.dtype).unsqueeze(-1))
     lse.copy_(total)
 
 

@@ -10,19 +10,20 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cqsa_stream.pinned import page_locked, pages
 from cqsa_stream.schedulers.memory import Layout
 from cqsa_stream.schedulers.residency import Residency
 from cqsa_stream.storage.arrays import TokenArray
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.ranges import PAGE
 
 __all__ = ["Loaded", "Prefetcher", "Read"]
 
@@ -77,8 +78,8 @@ class Prefetcher:
     ) -> None:
         self._reads = reads
         self._arrays = arrays
-        self._memory = _pages(layout.slots * layout.slot_bytes)
-        self._pinned = device.type == "cuda"
+        self._memory = pages(layout.slots * layout.slot_bytes)
+        self._device, self._locked = device, ExitStack()
         self._slots = [_Slot(part) for part in np.split(self._memory.numpy(), layout.slots)]
         self._residency = Residency(layout.slots, layout.ring_slots - 1)
         self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each piece that may yet be made ready
@@ -93,8 +94,7 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._fill, name="cqsa-prefetch", daemon=True)
 
     def __enter__(self) -> "Prefetcher":
-        if self._pinned and self._memory.numel():
-            _check(_cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.numel(), 0))
+        self._locked.enter_context(page_locked(self._memory, self._device))
         self._thread.start()
         return self
 
@@ -106,9 +106,7 @@ class Prefetcher:
                 slot.released.put(None)
         self._thread.join()
         self._loaders.shutdown()
-        if self._pinned and self._memory.numel():
-            torch.cuda.synchronize()
-            _check(_cudart().cudaHostUnregister(self._memory.data_ptr()))
+        self._locked.close()
 
     def __next__(self) -> Loaded:
         """Return the next piece, waiting for it. Raises what reading it raised."""
@@ -163,20 +161,3 @@ class Prefetcher:
             raise ArrayError(f"{read.array}: {error}") from error
         values = torch.from_numpy(used).view(getattr(torch, array.dtype)).reshape(shape)
         return Loaded(read, values, slot, self._turns)
-
-
-def _pages(size: int) -> Tensor:
-    """Return so many bytes, whole pages, beginning with one."""
-    memory = torch.empty(size + PAGE, dtype=torch.uint8)
-    over = -memory.data_ptr() % PAGE
-    return memory[over : over + size]
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _check(status: Any) -> None:
-    code = int(status)
-    if code != 0:
-        raise RuntimeError(f"page-locking host memory failed (CUDA error {code}); take a smaller host_memory")

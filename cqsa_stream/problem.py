@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from cqsa_stream.errors import InputError
 from cqsa_stream.schedulers.masks import Mask, mask_of
 
-__all__ = ["DTYPES", "OUT_DTYPES", "Problem", "dtype_bytes"]
+__all__ = ["DTYPES", "MOST_LANES", "OUT_DTYPES", "Problem", "dtype_bytes"]
 
 DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+MOST_LANES = 1 << 20
 OUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -82,6 +83,10 @@ class Problem:
             q_start = operator.index(q_start)
         except TypeError as error:
             raise InputError(f"queries {queries}, q_start {q_start}: expected whole numbers") from error
+        if abs(q_start) > 2**62 or batch * kv_heads > MOST_LANES:
+            raise InputError(
+                f"q_start {q_start}, batch x key/value heads {batch * kv_heads}; expected at most 2^62 and {MOST_LANES}"
+            )
         if not 0 <= first < stop <= query_tokens:
             raise InputError(f"queries {first}:{stop}; expected 0 <= A < B <= {query_tokens} (the query tokens)")
         return cls(

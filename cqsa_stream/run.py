@@ -10,6 +10,8 @@ session.json    the latest figures of the last session, and the process it runs 
 lock            held while a process works in the run
 """
 
+import errno
+import io
 import json
 import logging
 import os
@@ -27,7 +29,7 @@ from crc32c import crc32c
 from cqsa_stream.errors import InputError, LockedError
 from cqsa_stream.manifest import Manifest
 from cqsa_stream.problem import dtype_bytes
-from cqsa_stream.storage.atomic import make_directory, replace_file
+from cqsa_stream.storage.atomic import make_directory, open_regular, replace_file
 from cqsa_stream.storage.partials import PartialStore
 from cqsa_stream.storage.retrying import retrying
 
@@ -45,12 +47,16 @@ class RunDirectory:
     """One run on disk."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+        self.path = Path(os.path.realpath(path.parent), path.name)
 
     @property
     def begun(self) -> bool:
-        """Whether a manifest is there."""
-        return (self.path / _MANIFEST).exists()
+        """Whether a manifest is there, or its copy, and more than the beginning of a run."""
+        return (self.path / _MANIFEST).exists() or self._has_lost_its_manifest
+
+    @property
+    def _has_lost_its_manifest(self) -> bool:
+        return (self.path / _COPY).exists() and (self.path / "partials").exists()
 
     def foreign(self) -> list[str]:
         """Return what stands where a run is to begin, and is not what a killed process left of beginning it."""
@@ -60,18 +66,25 @@ class RunDirectory:
         """Read the manifest, or its copy where it is damaged. Raises InputError where there is none, or no good one."""
         try:
             return self._read_manifest(_MANIFEST)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{self.path}: no run directory ({_MANIFEST} is missing)") from error
-        except ValueError as damage:
-            try:
-                found = self._read_manifest(_COPY)
-            except (ValueError, OSError) as error:
-                raise InputError(
-                    f"{self.path / _MANIFEST}: unreadable ({damage}), and so is {_COPY} ({error}); remove the output, "
-                    "then start anew with --fresh"
-                ) from error
-            _tell(f"{self.path / _MANIFEST}: damaged ({damage}); its copy is taken")
-            return found
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EINVAL):
+                raise InputError(f"{error}: it is a link, or no file; expected a run's own file") from error
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise
+            if not self._has_lost_its_manifest:
+                raise InputError(f"{self.path}: no run directory ({_MANIFEST} is missing)") from error
+            damage: Exception = error
+        except ValueError as error:
+            damage = error
+        try:
+            found = self._read_manifest(_COPY)
+        except (ValueError, OSError) as error:
+            raise InputError(
+                f"{self.path / _MANIFEST}: unreadable ({damage}), and so is {_COPY} ({error}); remove the output, then "
+                "start anew with --fresh"
+            ) from error
+        _tell(f"{self.path / _MANIFEST}: damaged ({damage}); its copy is taken")
+        return found
 
     def _read_manifest(self, name: str) -> Manifest:
         data = _content(self.path / name)
@@ -112,7 +125,7 @@ class RunDirectory:
 
     def store(self, manifest: Manifest) -> PartialStore:
         """Return the store of partials."""
-        problem, rows = manifest.problem, manifest.rows
+        problem, rows, grid = manifest.problem, manifest.rows, manifest.grid
 
         def elements(row: int) -> tuple[int, int]:
             numbers = problem.group * len(rows.span(row))
@@ -123,6 +136,7 @@ class RunDirectory:
             manifest.run_hash,
             (problem.lanes, rows.chunks, manifest.columns.chunks),
             elements,
+            grid.complete_cover,
             dtype_bytes(problem.partial_dtype),
         )
 
@@ -170,7 +184,9 @@ class RunDirectory:
         fields = {"pid": me, "process": _process(me), "host": socket.gethostname(), **figures}
         temporary = self.path / "session.json.new"
         with suppress(OSError):
-            temporary.write_text(json.dumps(fields))
+            temporary.unlink(missing_ok=True)
+            with temporary.open("x") as file:  # a new file, not what a link of this name leads to
+                file.write(json.dumps(fields))
             temporary.replace(self.path / "session.json")
 
     def live_pid(self) -> int | None:
@@ -199,7 +215,7 @@ class RunDirectory:
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield the event log; lines that a crash cut short, or that are damaged, are left out."""
         try:
-            with (self.path / "events.jsonl").open("rb") as file:
+            with io.BufferedReader(open_regular(self.path / "events.jsonl")) as file:
                 while line := file.readline(_MOST_JSON_BYTES):
                     event = _checked_event(line)
                     if event is not None:
@@ -212,7 +228,7 @@ class RunDirectory:
 def _content(path: Path) -> bytes:
     """Return what a file holds, as far as it may be long; one byte more tells that it is longer. Raises OSError."""
     try:
-        with path.open("rb") as file:
+        with io.BufferedReader(open_regular(path)) as file:
             return file.read(_MOST_JSON_BYTES + 1)
     except OSError as error:
         raise OSError(error.errno, f"reading failed: {error.strerror}", str(path)) from error

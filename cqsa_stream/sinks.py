@@ -1,5 +1,6 @@
 """Where finished rows go: a tensor in memory, or durable Zarr arrays."""
 
+import errno
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -75,7 +76,10 @@ class ZarrSink:
             for head, span in self._pieces(lane, row):
                 found = _checksum(read(self._out[batch, head, span.start : span.stop]), found)
             return _checksum(read(self._lse[self._lse_place(lane, row)]), found) == checksum
-        except ArrayError:
+        except ArrayError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno != errno.ENOENT:
+                raise cause from error  # it cannot be read now: that says nothing of what is there
             return False
 
     def _pieces(self, lane: int, row: int) -> Iterator[tuple[int, range]]:

@@ -64,10 +64,11 @@ class Layout:
     """The shapes of a run that take memory, in chunks and tokens.
 
     ``rows_per_task`` row chunks' queries and ``resident_rows`` row chunks' partials stand on the device,
-    ``parked_rows`` more partials in host memory. Of host buffers of ``slot_bytes``, ``ring_slots`` hold what is read
-    ahead and ``cache_slots`` what will be used again: a block of ``block_tokens`` keys or values, or ``query_tokens``
-    queries of all heads of the group. At most ``in_flight`` pieces of reads are under way. A kernel call takes at most
-    a ``tile``; the output is stored ``out_tokens`` at a time; CQS takes every ``stride``-th quorum.
+    ``parked_rows`` more partials in host memory, and ``leaving_rows`` complete rows on their way to disk. Of host
+    buffers of ``slot_bytes``, ``ring_slots`` hold what is read ahead and ``cache_slots`` what will be used again: a
+    block of ``block_tokens`` keys or values, or ``query_tokens`` queries of all heads of the group. At most
+    ``in_flight`` pieces of reads are under way. A kernel call takes at most a ``tile``; the output is stored
+    ``out_tokens`` at a time; CQS takes every ``stride``-th quorum.
     """
 
     rows_per_task: int
@@ -80,6 +81,7 @@ class Layout:
     tile: Tile
     out_tokens: int
     parked_rows: int = 0
+    leaving_rows: int = 0
     stride: int = 1
     in_flight: int = 1
 
@@ -153,6 +155,8 @@ def footprint(
         "tile": _tile_bytes(work, min(count, layout.tile.rows), layout, device),
     }
     staged = {"ring": layout.ring_slots * layout.slot_bytes, "cache": layout.cache_slots * layout.slot_bytes}
+    if device != "cpu":
+        staged["leaving"] = layout.leaving_rows * partial_bytes(work, count)
     pageable = {
         "reading": layout.in_flight * work.staging_bytes + work.kept_bytes,
         "writing": layout.out_tokens * 3 * work.value_dim * work.out_itemsize + 8 * work.group * count,

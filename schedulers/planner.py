@@ -270,6 +270,7 @@ class _Search:
             tile=Tile(tile.rows, min(tile.columns, block), min(tile.leaf, block)),
             out_tokens=out,
             parked_rows=missing * (not on_device),
+            leaving_rows=0 if on_device else 1,
             in_flight=in_flight,
         )
 
@@ -279,14 +280,16 @@ class _Search:
             pair = self._pair_flops(rows.chunk_tokens, columns.chunk_tokens)
             most = max(1, min(rows.filled, int(self.machine.step_flops / pair)))
             leaving = replace(layout, resident_rows=min(2, rows.filled))  # a row leaves while the next one comes
-            spare = leaving.resident_rows - 1 if self._fits(name, rows, columns, leaving) else 0
+            from_their_places = self.machine.device == "cpu"  # elsewhere they leave through the outbox
+            fits = from_their_places and self._fits(name, rows, columns, leaving)
+            spare = leaving.resident_rows - 1 if fits else 0
 
             def held(n: int) -> Layout:
                 return replace(layout, rows_per_task=n, resident_rows=min(n + spare, max(n, rows.filled)))
 
             layout = held(self._most(name, rows, columns, 1, most, held))
             most = layout.resident_rows
-            if self._all_see_all:  # then all rows of a task leave at the same time
+            if self._all_see_all and from_their_places:  # then all rows of a task leave at the same time
                 most = min(2 * layout.rows_per_task, rows.filled * min(2, self.work.lanes))
         else:
             most = rows.filled
@@ -301,6 +304,10 @@ class _Search:
             most = max(low, rows.filled - layout.resident_rows)
             parked = self._most(name, rows, columns, low, most, lambda n: replace(layout, parked_rows=n))
             layout = replace(layout, parked_rows=parked)
+        if self.machine.device != "cpu":
+            most = min(2 * layout.rows_per_task, rows.filled * self.work.lanes)
+            out = self._most(name, rows, columns, 1, most, lambda n: replace(layout, leaving_rows=n))
+            layout = replace(layout, leaving_rows=out)
         blocks = 2 * columns.filled * -(-columns.chunk_tokens // layout.block_tokens)
         queries = -(-rows.chunk_tokens // layout.query_tokens)  # each is used again by CQS alone
         blocks += rows.filled * queries if name == "cqs" else min(queries, layout.ring_slots)

@@ -1,7 +1,9 @@
 """Replacing a file in one step that survives a power cut: write beside it, fsync, rename, fsync the directory."""
 
 import errno
+import io
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 
 from cqsa_stream.storage.errors import FullDiskError
 
-__all__ = ["TEMPORARY", "make_directory", "replace_file", "sync_directory"]
+__all__ = ["TEMPORARY", "make_directory", "open_regular", "replace_file", "sync_directory"]
 
 TEMPORARY = ".tmp"
+_durable: set[Path] = set()
 
 
 def replace_file(path: Path, parts: Sequence[Any]) -> None:
@@ -42,21 +45,37 @@ def replace_file(path: Path, parts: Sequence[Any]) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory, its parents and their entries, durably. Raises OSError naming it, or FullDiskError."""
-    if path.is_dir():
+    """Create a directory, its parents and their entries, durably. Raises OSError naming it, or FullDiskError.
+
+    The entry of one that is there is made durable, too, once in a process: who made it may have been killed before.
+    """
+    there = path.is_dir()
+    if there and path in _durable:
         return
-    make_directory(path.parent)
+    if not there:
+        make_directory(path.parent)
     try:
         path.mkdir(exist_ok=True)
-        sync_directory(path.parent)
+        with suppress(PermissionError):
+            sync_directory(path.parent)
     except OSError as error:
         raise _failure(error, path, 4096) from error
+    _durable.add(path)
 
 
 def _failure(error: OSError, path: Path, size: int) -> OSError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return FullDiskError(error.errno, f"disk full; {size} bytes are needed for", str(path))
     return OSError(error.errno, f"writing failed: {error.strerror}", str(path))
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file of the run's own for reading: no link, no pipe, no device. Raises OSError."""
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return io.FileIO(file)
 
 
 def sync_directory(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Writing arrays that every Zarr reader opens: Zarr v3, crc32c, named dimensions, every chunk stored and fsynced."""
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "DIMENSIONS",
     "METADATA",
     "create_array",
+    "described",
     "holds_array",
     "open_for_writing",
     "read",
@@ -46,13 +48,28 @@ def create_array(
 
     Raises ArrayError where something stands there already.
     """
+    spec = _spec(shape, dtype, chunk, codec, inner)
+    return _open({**spec, "kvstore": {"driver": "file", "path": f"{path}/"}}, path, create=True)
+
+
+def described(shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]) -> dict[str, Any]:
+    """Return what ``create_array`` writes into zarr.json."""
+    spec = {**_spec(shape, dtype, chunk, "crc32c", None), "kvstore": {"driver": "memory"}}
+    array = _open(spec, Path("memory"), create=True)
+    assert array.kvstore is not None
+    found: dict[str, Any] = json.loads(array.kvstore.read(METADATA).result().value)
+    return found
+
+
+def _spec(
+    shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...], codec: str, inner: tuple[int, ...] | None
+) -> dict[str, Any]:
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *_CODECS[codec]]
     if inner is not None:
         settings = {"chunk_shape": list(inner), "codecs": codecs}
         codecs = [{"name": "sharding_indexed", "configuration": settings}]
-    spec = {
+    return {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
         "metadata": {
             "shape": list(shape),
             "data_type": dtype,
@@ -63,7 +80,6 @@ def create_array(
         },
         "store_data_equal_to_fill_value": True,
     }
-    return _open(spec, path, create=True)
 
 
 def open_for_writing(path: Path) -> ts.TensorStore:
@@ -110,7 +126,10 @@ def write_chunk(array: ts.TensorStore, cell: tuple[int, ...], values: np.ndarray
     if values.shape != tuple(chunk):
         values = np.pad(values, [(0, n - m) for n, m in zip(chunk, values.shape, strict=True)])
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-    path = Path(array.kvstore.path).joinpath("c", *map(str, cell))
+    root = Path(array.kvstore.path)
+    path = root.joinpath("c", *map(str, cell))
+    if not path.parent.resolve().is_relative_to(root.resolve()):
+        raise OSError(errno.ELOOP, "a link leads out of the array; expected its own folder", str(path.parent))
     make_directory(path.parent)
     replace_file(path, [data, crc32c(data).to_bytes(4, "little")])
 
@@ -127,6 +146,6 @@ def _open(spec: dict[str, Any], path: Path, *, create: bool) -> ts.TensorStore:
         found = system_error(error)
         if found is not None and found.errno in _FULL:
             raise FullDiskError(found.errno, f"disk full: {found.strerror}") from error
-        if found is not None and create:
+        if found is not None:
             raise found from error
         raise ArrayError(f"{path}: {clean_message(error)}") from error

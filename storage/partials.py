@@ -8,6 +8,7 @@ replaced together, so they can never disagree; a file that fails a check is set 
 count as not done.
 """
 
+import errno
 import io
 import logging
 import os
@@ -15,14 +16,13 @@ import re
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from crc32c import crc32c
 
-from cqsa_stream.storage.atomic import TEMPORARY, make_directory, replace_file, sync_directory
+from cqsa_stream.storage.atomic import TEMPORARY, make_directory, open_regular, replace_file, sync_directory
 from cqsa_stream.storage.errors import DamagedError
 from cqsa_stream.storage.retrying import retrying
 
@@ -34,6 +34,7 @@ _LAYOUT = struct.Struct("<8sIB3x32s7QII")  # ... cover, numbers checksums; the h
 _HEADER_BYTES = 4096
 _CHECKSUM = struct.Struct("<I")
 _NAME = re.compile(r"(\d{6,18})-(\d{6,18})\.partial")
+_MAY_NOT = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOENT)
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +81,8 @@ class PartialStore:
     """The partials of one run, in one directory.
 
     ``elements(row)`` gives the elements of a row's lse and out, the latter of ``out_itemsize`` bytes each: what a file
-    claims is checked against them. Of ``shape`` (lanes, rows, columns); files of other lanes or rows are not looked at.
+    claims is checked against them, and its cover against ``complete(row)``, the cover of a complete row. Of ``shape``
+    (lanes, rows, columns); files of other lanes or rows are not looked at.
     """
 
     def __init__(
@@ -89,12 +91,13 @@ class PartialStore:
         run: bytes,
         shape: tuple[int, int, int],
         elements: Callable[[int], tuple[int, int]],
+        complete: Callable[[int], int],
         out_itemsize: int = 4,
     ) -> None:
         self.directory = directory
         self.run = run
         self.lanes, self.rows, self.columns = shape
-        self.elements = elements
+        self.elements, self.complete = elements, complete
         self.out_itemsize = out_itemsize
         self.bytes_written = 0
         self.bytes_read = 0
@@ -160,8 +163,11 @@ class PartialStore:
 
     def make_durable(self) -> None:
         """Make what ``covers`` returned survive a power cut, as far as this process may: its writer is about to."""
-        with suppress(OSError):
+        try:
             sync_directory(self.directory)
+        except OSError as error:
+            if error.errno not in _MAY_NOT:
+                raise
 
     def _stored(self) -> list[tuple[int, int]]:
         try:
@@ -176,7 +182,7 @@ class PartialStore:
         """Return header and cover of a stored partial, all checked; fill ``numbers`` with its lse and out, checked."""
         path = self._path(lane, row)
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path) as file:
                 head = bytearray(_HEADER_BYTES)
                 _read_exactly(file, memoryview(head))
                 header = Header.unpack(bytes(head))
@@ -185,6 +191,8 @@ class PartialStore:
                 _read_exactly(file, memoryview(bitmap))
                 if not header.finished and crc32c(bitmap) != header.cover_checksum:
                     raise DamagedError("the cover fails its checksum")
+                if int.from_bytes(bitmap, "little") & ~self.complete(row):
+                    raise DamagedError("a cover of columns that the row does not need")
                 if numbers and not header.finished:
                     checksum = 0
                     for view in numbers:

@@ -14,7 +14,7 @@ ROWS = [(10, 40), (10, 40), (4, 16)]
 
 
 def store(path: Path, run: bytes = RUN, columns: int = 11) -> PartialStore:
-    found = PartialStore(path / "partials", run, (2, len(ROWS), columns), lambda row: ROWS[row])
+    found = PartialStore(path / "partials", run, (2, len(ROWS), columns), lambda row: ROWS[row], lambda row: 2**11 - 1)
     found.prepare()
     return found
 

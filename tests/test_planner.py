@@ -78,7 +78,9 @@ def test_the_memory_model_is_a_sum() -> None:
     assert footprint(half, axis, axis, layout, 7, "cpu", 0, 0).pageable["upcast"] == 50 * 128 * 4
     cuda = footprint(half, axis, axis, layout, 7, "cuda", 77, 1000)
     assert cuda.device["reserved"] == 77
-    assert set(cuda.pinned) == {"ring", "cache"}
+    assert set(cuda.pinned) == {"ring", "cache", "leaving"}
+    leaving = footprint(half, axis, axis, dataclasses.replace(layout, leaving_rows=3), 7, "cuda", 77, 1000)
+    assert leaving.pinned["leaving"] == 3 * 100 * 264
     assert cuda.pageable["partial staging"] == 100 * 264
     assert cuda.pageable["partials"] == 0
     parked = footprint(half, axis, axis, dataclasses.replace(layout, parked_rows=2), 7, "cuda", 77, 1000)

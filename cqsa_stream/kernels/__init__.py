@@ -4,20 +4,26 @@ The contract, tested for every back end by one suite: ``attend(q, k, v, mask, sc
 
 - ``q [heads, rows, d]``, ``k [kv_heads, columns, d]``, ``v [kv_heads, columns, dv]``, the heads a multiple of kv_heads;
 - ``mask``: ``"full"``, or ``"causal"``: the tile is square and row i sees columns 0..i;
-- ``out [heads, rows, dv]`` float32 (float64 from the reference), normalised; ``lse [heads, rows]``, natural logarithm,
-  float32 or float64;
+- ``out [heads, rows, dv]`` float32 (float64 from the reference, 16 bits from the vendor's CUDA kernels), normalised;
+  ``lse [heads, rows]``, natural logarithm, float32 or float64;
 - a row that sees no key gives (0, -inf).
+
+``fold_for`` gives what merges such tiles on a device; all implementations do what ``partial.fold`` does.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cqsa_stream.partial import fold
 from cqsa_stream.schedulers.masks import TileMask
 
-__all__ = ["Kernel", "kernel_for"]
+__all__ = ["Fold", "Kernel", "fold_for", "kernel_for"]
+
+Fold = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 class Kernel(Protocol):
@@ -52,3 +58,14 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
     from cqsa_stream.kernels.torch_cuda import TorchCudaKernel
 
     return TorchCudaKernel()
+
+
+def fold_for(device: torch.device) -> Fold:
+    """Return the fastest way to merge tiles on the device: on CUDA one pass, where CuPy is there."""
+    if device.type == "cuda":
+        try:
+            from cqsa_stream.kernels.merge_cupy import fold as fused
+        except ImportError:
+            return fold
+        return fused
+    return fold

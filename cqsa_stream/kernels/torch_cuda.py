@@ -1,9 +1,12 @@
-"""torch's flash attention on CUDA, by the aten operator that returns the log-sum-exp; for float16 and bfloat16, and for
+"""The vendor's attention on CUDA, by the aten operators that return the log-sum-exp; for float16 and bfloat16, and for
 float8 arrays upcast to float16, which holds each of their numbers.
 
-The operator wants head dims that are equal and multiples of 8: others are padded with zeros, which changes no score.
-(The memory-efficient operator is never used: its log-sum-exp and long sequences are wrong, pytorch#162588.)
+cuDNN's where it runs (it is faster on Hopper), else flash attention. Both want head dims that are equal and multiples
+of 8: others are padded with zeros, which changes no score. (The memory-efficient operator is never used: its
+log-sum-exp and long sequences are wrong, pytorch#162588.)
 """
+
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -37,7 +40,28 @@ class TorchCudaKernel:
         value_dim = v.shape[2]
         width = -(-max(q.shape[2], value_dim) // 8) * 8
         q, k, v = (x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in (q, k, v))
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            q[None], k[None], v[None], 0.0, mask == "causal", False, scale=scale
-        )
-        return out[0, :, :, :value_dim].float(), lse[0, :, : q.shape[1]]
+        operator = _cudnn if _cudnn_runs(q.device, q.dtype) else _flash
+        out, lse = operator(q[None], k[None], v[None], mask == "causal", scale)
+        return out[0, :, :, :value_dim], lse[0, :, : q.shape[1]]
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, lse, *_ = attend(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return out, lse[..., 0]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return out, lse
+
+
+@cache
+def _cudnn_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether cuDNN attends on this device at all: older ones are refused when it is called."""
+    tiny = torch.zeros(1, 1, 64, 64, device=device, dtype=dtype)
+    try:
+        _cudnn(tiny, tiny, tiny, False, 1.0)
+    except RuntimeError:
+        return False
+    return True

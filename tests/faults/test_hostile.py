@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
@@ -32,6 +33,7 @@ NASTY: list[Any] = [
     {"a": {}}, "bfloat16", "int8", "zstd", "http://127.0.0.1:1/x",
 ]  # fmt: skip
 BUDGET_MIB = 64
+QKV = ("d/q.zarr", "d/k.zarr", "d/v.zarr")
 
 
 def places(value: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -203,8 +205,7 @@ def test_links_out_of_a_run_directory_are_refused(stopped: Path, tmp_path: Path)
 
 def test_fresh_removes_nothing_that_only_a_manifest_names(cli: Cli, tmp_path: Path) -> None:
     assert cli("generate", "d", "--tokens", 300, "--heads", 1, "--head-dim", 16).returncode == 0
-    qkv = ("d/q.zarr", "d/k.zarr", "d/v.zarr")
-    assert cli("run", *qkv, "out").returncode == 0
+    assert cli("run", *QKV, "out").returncode == 0
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("mine")
@@ -212,7 +213,7 @@ def test_fresh_removes_nothing_that_only_a_manifest_names(cli: Cli, tmp_path: Pa
     for name in ("output", "lse"):
         for copied in ("run.json", "run.copy.json"):
             (tmp_path / "out.run" / copied).write_bytes(signed({**fields, name: "../precious"}))
-        cli("run", *qkv, "out", "--fresh")
+        cli("run", *QKV, "out", "--fresh")
         assert (precious / "file").read_text() == "mine"
 
 
@@ -227,3 +228,69 @@ def test_nothing_here_runs_what_a_file_says() -> None:
         if wrong.search(line)
     ]
     assert found == []
+
+
+def test_what_leads_out_of_the_output_is_refused(cli: Cli, tmp_path: Path) -> None:
+    assert cli("generate", "d", "--tokens", 300, "--heads", 1, "--head-dim", 16).returncode == 0
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "victim").write_text("mine")
+    assert cli("run", *QKV, "out", "--max-seconds", 0, "--chunks", 7).returncode == 3
+    for place in (tmp_path / "out/c", tmp_path / "out.run/lse.zarr/c"):
+        shutil.rmtree(place, ignore_errors=True)
+        place.symlink_to(outside)
+        found = cli("run", *QKV, "out")
+        assert found.returncode == 1
+        assert "a link leads out" in found.stderr
+        place.unlink()
+    (tmp_path / "out.run/session.json.new").symlink_to(tmp_path / "victim")
+    assert cli("run", *QKV, "out").returncode == 0
+    assert list(outside.iterdir()) == []
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_forged_place_for_the_lse_is_refused(cli: Cli, tmp_path: Path) -> None:
+    work = tmp_path / "a/b"
+    assert cli("generate", "d", "--tokens", 300, "--heads", 1, "--head-dim", 16).returncode == 0
+    assert cli("run", *QKV, work / "out", "--max-seconds", 0, "--chunks", 7).returncode == 3
+    fields = json.loads((work / "out.run/run.json").read_bytes())
+    for name in ("run.json", "run.copy.json"):
+        (work / "out.run" / name).write_bytes(signed({**fields, "lse": "../../../deep/lse"}))
+    found = cli("run", *QKV, work / "out")
+    assert found.returncode == 2
+    assert "not beside the run directory" in found.stderr
+    assert not (tmp_path / "deep").exists()
+
+
+def test_pipes_and_devices_hang_nothing(cli: Cli, tmp_path: Path) -> None:
+    assert cli("generate", "d", "--tokens", 300, "--heads", 1, "--head-dim", 16).returncode == 0
+    assert cli("run", *QKV, "out").returncode == 0
+    events = tmp_path / "out.run/events.jsonl"
+    events.unlink()
+    os.mkfifo(events)
+    assert cli("status", "out.run").returncode == 0
+    events.unlink()
+    events.symlink_to("/dev/zero")
+    assert cli("status", "out.run").returncode == 0
+    events.unlink()
+    partial = next((tmp_path / "out.run/partials").iterdir())
+    partial.unlink()
+    os.mkfifo(partial)
+    assert cli("status", "out.run").returncode == 1
+
+
+def test_forged_news(cli: Cli, tmp_path: Path) -> None:
+    assert cli("generate", "d", "--tokens", 300, "--heads", 1, "--head-dim", 16).returncode == 0
+    assert cli("run", *QKV, "out", "--max-seconds", 0, "--chunks", 7).returncode == 3
+    (tmp_path / "out.run/session.json").write_text('{"host_peak_bytes": 1' + "0" * 400 + ', "pid": "x", "ended": 0}')
+    for event in (
+        {"event": "started", "options": {"checkpoint_every_s": "abc", "host_memory": [], "schedule": 7}, "plan": {}},
+        {"event": "started", "options": [], "plan": {"seconds": "x", "schedule": {}}},
+    ):
+        body = json.dumps(event)
+        with (tmp_path / "out.run/events.jsonl").open("a") as log:
+            log.write(f'{body[:-1]}, "crc32c": {crc32c(body.encode())}}}\n')
+        assert cli("status", "out.run").returncode == 0
+        assert cli("status", "out.run", "--json").returncode == 0
+    found = cli("run", *QKV, "out")
+    assert found.returncode == 0, found.stderr
