@@ -17,14 +17,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
 
 import cqsa_stream as cqsa
+from cqsa_stream.api import open_inputs
 from cqsa_stream.events import Ended, Event
 from cqsa_stream.generate import generate
+from cqsa_stream.storage.arrays import TokenArray, open_array
+from cqsa_stream.storage.memory import MemoryArray
+from cqsa_stream.verify import verify_rows
 
 HEADS = 8
 IN_CORE_TOKENS = 1 << 20
@@ -128,6 +135,49 @@ def run(paths: tuple[Path, ...], out: Path, options: dict[str, Any]) -> dict[str
     }
 
 
+def busy(paths: tuple[Path, ...], out: Path, options: dict[str, Any]) -> float:
+    """Return the share of the time from the first kernel to the last in which one ran, from a profiler's trace."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        run(paths, out, options)
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in trace.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Mem")
+    )
+    end, working = kernels[0][0], 0.0
+    for start, stop in kernels:
+        working += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return working / (end - kernels[0][0])
+
+
+def errors(paths: tuple[Path, ...], out: Path, rows: int) -> tuple[float, float]:
+    """Return the mean error of sampled rows against float64, of the run's output and of cuDNN on resident tensors."""
+    ours = cqsa.open_run(out.with_name(out.name + ".run"))
+    problem, axis = ours.manifest.problem, ours.manifest.rows
+    arrays = open_inputs(*paths)
+    q, k, v = (read_whole(array).cuda() for array in arrays.values())
+    whole = MemoryArray.of_tensor(cudnn(q, k, v, True)[0])  # type: ignore[index]
+    finished = [set(range(axis.filled))] * problem.lanes
+    found = []
+    for array in (open_array(out), whole):
+        checked = verify_rows(
+            problem, arrays, array, lambda *_: 0.0, finished, axis, rows, 0, rounded_tiles=True, damaged=0
+        )
+        found.append(checked.mean_relative_error)
+    return found[0], found[1]
+
+
+def read_whole(array: TokenArray) -> torch.Tensor:
+    """Return an array of bfloat16 in host memory."""
+    batch, heads, tokens, dim = array.shape
+    values = np.empty((batch * heads, tokens, dim), ml_dtypes.bfloat16)
+    for lane in range(batch * heads):
+        head = lane % heads
+        array.read_into(lane // heads, range(head, head + 1), range(tokens), values[lane : lane + 1])
+    return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16).view(array.shape)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, nargs="+", default=[1 << 20])
@@ -136,54 +186,56 @@ def main() -> None:
     parser.add_argument("--hosts", nargs="+", default=["ample"], help="ample, or a part of Q + K + V + O")
     parser.add_argument("--schedules", nargs="+", default=["auto"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--checks", action="store_true", help="trace a run for each row, and compare with float64")
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     options = parser.parse_args()
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "limits": limits()}
-    rows: list[dict[str, Any]] = []
+    report["runs"] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         report["limits"].update(disk(folder))
         for name, value in report["limits"].items():
             print(f"{name:<32} {value:8.2f}")
         print(f"\n{'tokens':>8} {'d':>4} {'share':>6} {'host':>6} {'in core':>8} {'run':>7}  ratio {'call':>7}  plan")
-        for tokens in options.tokens:
-            for dim in options.dims:
-                paths = tuple(
-                    generate(folder / "d", tokens=tokens, heads=HEADS, head_dim=dim, dtype="bfloat16", seed=dim)
-                )
-                data = 4 * tokens * HEADS * dim * 2
-                for share in options.shares:
-                    for host in options.hosts:
-                        for schedule in options.schedules:
-                            memory = "64GiB" if host == "ample" else int(float(host) * data) + (1 << 30)
-                            settings = {
-                                "device_memory": int(share * data), "host_memory": memory, "schedule": schedule,
-                            }  # fmt: skip
-                            repeats = 1 if tokens > IN_CORE_TOKENS else options.repeats
-                            there = in_core(tokens, dim, repeats)
-                            found = [run(paths, folder / "out", settings) for _ in range(repeats)]
-                            best = sorted(found, key=lambda it: it["run_s"])[len(found) // 2]
-                            row = {
-                                "tokens": tokens,
-                                "dim": dim,
-                                "share": share,
-                                "host": host,
-                                "in_core_s": there,
-                                **best,
-                            }
-                            rows.append(row)
-                            plan = f"{best['schedule']} {best['chunks']}"
-                            print(
-                                f"{tokens:>8} {dim:>4} {share:>6} {host:>6} {there:8.3f} {best['run_s']:7.3f} "
-                                f"{best['run_s'] / there:6.3f} {best['call_s']:7.3f}  {plan}, "
-                                f"device {best['device_peak_bytes'] / 2**20:.0f} of {share * data / 2**20:.0f} MiB, "
-                                f"host {best['host_peak_bytes'] / 2**20:.0f} MiB",
-                                flush=True,
-                            )
-                shutil.rmtree(folder / "d")
-    report["runs"] = rows
-    options.out.write_text(json.dumps(report, indent=1))
+        for tokens, dim in product(options.tokens, options.dims):
+            paths = tuple(generate(folder / "d", tokens=tokens, heads=HEADS, head_dim=dim, dtype="bfloat16", seed=dim))
+            for share, host, schedule in product(options.shares, options.hosts, options.schedules):
+                row = measured(paths, folder / "out", tokens, dim, share, host, schedule, options)
+                report["runs"].append(row)
+                options.out.write_text(json.dumps(report, indent=1))
+            shutil.rmtree(folder / "d")
+
+
+def measured(
+    paths: tuple[Path, ...], out: Path, tokens: int, dim: int, share: float, host: str, schedule: str,
+    options: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the figures of one row of the table, and print it: the in-core kernel and the runs by turns."""
+    data = 4 * tokens * HEADS * dim * 2
+    memory = "64GiB" if host == "ample" else int(float(host) * data) + (1 << 30)
+    settings = {"device_memory": int(share * data), "host_memory": memory, "schedule": schedule}
+    kernel, runs = [], []
+    for _ in range(1 if tokens > IN_CORE_TOKENS else options.repeats):
+        kernel.append(in_core(tokens, dim, 1))
+        runs.append(run(paths, out, settings))
+    there = statistics.median(kernel)
+    middle = sorted(runs, key=lambda it: float(it["run_s"]))[len(runs) // 2]
+    row = {"tokens": tokens, "dim": dim, "share": share, "host": host, "in_core_s": there, **middle}
+    line = (
+        f"{tokens:>8} {dim:>4} {share:>6} {host:>6} {there:8.3f} {middle['run_s']:7.3f} {middle['run_s'] / there:6.3f} "
+        f"{middle['call_s']:7.3f}  {middle['schedule']} {middle['chunks']}, device "
+        f"{middle['device_peak_bytes'] / 2**20:.0f} of {share * data / 2**20:.0f} MiB, "
+        f"read {middle['bytes_read'] / 1e9:.2f} GB"
+    )
+    if options.checks:
+        row["busy"] = busy(paths, out, settings)
+        line += f", busy {row['busy']:.1%}"
+        if tokens <= IN_CORE_TOKENS:
+            row["error"], row["in_core_error"] = errors(paths, out, 64)
+            line += f", error {row['error'] / row['in_core_error']:.2f} of in core"
+    print(line, flush=True)
+    return row
 
 
 if __name__ == "__main__":

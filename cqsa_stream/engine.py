@@ -26,6 +26,7 @@ from cqsa_stream.partial import Partial
 from cqsa_stream.prefetch import Prefetcher, Read
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.masks import Call
+from cqsa_stream.schedulers.memory import WRITERS
 from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.schedulers.planner import make_schedule
 from cqsa_stream.schedulers.residency import Fetch, fetches, pieces
@@ -123,7 +124,7 @@ class Engine:
         with (
             Prefetcher(self._reads(), self.job.arrays, layout, self.job.device) as stream,
             self._new_outbox() as self._outbox,
-            ThreadPoolExecutor(1, "cqsa-finish") as self._writer,
+            ThreadPoolExecutor(WRITERS[self.job.device.type], "cqsa-finish") as self._writer,
         ):
             for lane in range(problem.lanes):
                 held.begin_lane(lane)
@@ -203,7 +204,7 @@ class Engine:
                 self._settle(held, wait=True)
 
     def _finish(self, held: HeldRows, row: int) -> None:
-        """Hand a complete row to the thread that writes it while the next rows compute."""
+        """Hand a complete row to a thread that writes it while the next rows compute."""
         partial, place = held.retire(row)
         copied = None
         if self._outbox is not None:

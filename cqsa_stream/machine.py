@@ -118,7 +118,7 @@ class _Shapes:
 
 _SHAPES = {
     "cpu": _Shapes(Tile(16_384, 16_384, 1_024), 16_384, 16_384, 2e11),
-    "cuda": _Shapes(Tile(65_536, 65_536, 65_536), 65_536, 131_072, 1e15),
+    "cuda": _Shapes(Tile(131_072, 65_536, 65_536), 65_536, 131_072, 1e15),
     "plain": _Shapes(Tile(2_048, 2_048, 2_048), 65_536, 131_072, 1e13),  # its scores are written out: small tiles
 }
 

@@ -1,6 +1,7 @@
 """Where finished rows go: a tensor in memory, or durable Zarr arrays."""
 
 import errno
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -55,6 +56,7 @@ class ZarrSink:
         self._out, self._lse, self._out_tokens = out, lse, out_tokens
         self._dtype = getattr(torch, problem.out_dtype)
         self.bytes_written = 0
+        self._counting = threading.Lock()  # several rows may be written at a time
 
     def write(self, lane: int, row: int, out: Tensor, lse: Tensor) -> int:
         checksum, start = 0, self._rows.span(row).start
@@ -96,7 +98,8 @@ class ZarrSink:
 
     def _put(self, array: ts.TensorStore, cell: tuple[int, ...], values: np.ndarray, checksum: int) -> int:
         write_chunk(array, cell, values)
-        self.bytes_written += values.nbytes
+        with self._counting:
+            self.bytes_written += values.nbytes
         return _checksum(values, checksum)
 
 

@@ -10,6 +10,7 @@ from cqsa_stream.schedulers.grid import Axis
 
 __all__ = [
     "FILE_HEADER_BYTES",
+    "WRITERS",
     "Footprint",
     "Layout",
     "Tile",
@@ -23,6 +24,7 @@ __all__ = [
 
 FILE_HEADER_BYTES = 4096  # of the file of a partial
 PAGE_BYTES = 4096
+WRITERS = {"cpu": 1, "cuda": 4}  # threads that write complete rows; on the CPU they take time from the kernels
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def footprint(
         staged["leaving"] = layout.leaving_rows * partial_bytes(work, count)
     pageable = {
         "reading": layout.in_flight * work.staging_bytes + work.kept_bytes,
-        "writing": layout.out_tokens * 3 * work.value_dim * work.out_itemsize + 8 * work.group * count,
+        "writing": WRITERS[device]
+        * (layout.out_tokens * 3 * work.value_dim * work.out_itemsize + 8 * work.group * count),
         "output": work.resident_output_bytes,
         "reserved": host_reserved,
     }

@@ -26,6 +26,9 @@ _LEAST_OUT_CHUNK_BYTES = 64 << 10
 _SMALLEST_BLOCK = 256
 _WEIGHED = 3  # numbers of chunks that fit, the fewest first; and of each as many sizes of blocks, the largest first
 _RINGS = (6, 4)
+_LONG_RING = 64  # where a device computes: it starves while a task has few rows left, unless much was read before
+_LONG_RING_SHARE = 4
+_MOST_LEAVING = 12
 _MOST_IN_FLIGHT = 6  # pieces of reads; what they hold besides should be small beside the budget
 _IN_FLIGHT_SHARE = 64
 
@@ -64,13 +67,14 @@ def make_plan(request: Request, machine: Machine) -> Plan:
 
 
 def _choose(candidates: tuple[Plan, ...]) -> int:
-    """Return which: the fastest that fits; of equals CQS, its tasks being free to move, where no partial spills."""
+    """Return which: the fastest that fits; of equals CQS, its tasks being free to move, where no partial leaves."""
     fitting = [i for i, plan in enumerate(candidates) if plan.fits]
     if not fitting:
         return min(range(len(candidates)), key=lambda i: _held(candidates[i].least))
     fastest = min(candidates[i].cost.seconds for i in fitting)
     equal = [i for i in fitting if candidates[i].cost.seconds <= _TIE * fastest]
-    return next((i for i in equal if not candidates[i].cost.spills), equal[0])
+    staying = (i for i in equal if not candidates[i].cost.spills and not candidates[i].layout.parked_rows)
+    return next(staying, min(equal, key=lambda i: candidates[i].layout.parked_rows))
 
 
 def _held(footprint: Footprint) -> int:
@@ -229,7 +233,7 @@ class _Search:
             return
         found = 0
         for block in self._blocks(columns):
-            reading = [(ring, self._in_flight) for ring in _RINGS] + [(_RINGS[-1], 1)]
+            reading = [(ring, self._in_flight) for ring in self._rings(block)] + [(_RINGS[-1], 1)]
             layouts = (self._layout(name, rows, block, ring, frugal.out_tokens, n) for ring, n in reading)
             layout = next((it for it in layouts if self._fits(name, rows, columns, it)), None)
             if layout is not None:
@@ -246,6 +250,13 @@ class _Search:
             parts *= 2
             sizes.append(-(-columns.chunk_tokens // parts))
         return sizes
+
+    def _rings(self, block: int) -> list[int]:
+        """Return the slots for reading ahead to weigh, the most first."""
+        if self.machine.device == "cpu":
+            return list(_RINGS)
+        affordable = self.machine.host_allowed_bytes // _LONG_RING_SHARE // slot_bytes(self.work, block)
+        return [ring for ring in (min(_LONG_RING, affordable), *_RINGS) if ring >= _RINGS[-1]]
 
     @cached_property
     def _in_flight(self) -> int:
@@ -305,13 +316,13 @@ class _Search:
             parked = self._most(name, rows, columns, low, most, lambda n: replace(layout, parked_rows=n))
             layout = replace(layout, parked_rows=parked)
         if self.machine.device != "cpu":
-            most = min(2 * layout.rows_per_task, rows.filled * self.work.lanes)
+            most = min(_MOST_LEAVING, layout.rows_per_task + 1, rows.filled * self.work.lanes)
             out = self._most(name, rows, columns, 1, most, lambda n: replace(layout, leaving_rows=n))
             layout = replace(layout, leaving_rows=out)
         blocks = 2 * columns.filled * -(-columns.chunk_tokens // layout.block_tokens)
         queries = -(-rows.chunk_tokens // layout.query_tokens)  # each is used again by CQS alone
         blocks += rows.filled * queries if name == "cqs" else min(queries, layout.ring_slots)
-        useful = max(0, blocks - layout.ring_slots)
+        useful = max(0, blocks - _RINGS[0])
         cached = self._most(name, rows, columns, 0, useful, lambda n: replace(layout, cache_slots=n))
         yield self._ordered(name, rows, layout, 0)
         if cached:
