@@ -1,12 +1,18 @@
-"""When to stop: a time limit, or a signal. The first signal asks to stop at the next safe point, the second kills."""
+"""When to stop: a time limit, or a signal. The first signal asks to stop at the next safe point, the second ends all.
 
+Python runs a handler only when the main thread is back from what it called, which may be a long kernel; what the system
+itself writes into a pipe at each signal is read by a thread that need not wait.
+"""
+
+import os
 import signal
 import threading
 import time
-from types import FrameType
 from typing import Any
 
 __all__ = ["Stopper"]
+
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 3}
 
 
 class Stopper:
@@ -34,17 +40,30 @@ class Stopper:
 
     def __enter__(self) -> "Stopper":
         self._depth += 1
-        for number in self._signals if self._depth == 1 else ():
-            self._before[number] = signal.signal(number, self._receive)
+        if self._depth == 1 and self._signals:
+            self._told, self._pipe = os.pipe()
+            os.set_blocking(self._pipe, False)
+            self._listener = threading.Thread(target=self._listen, name="cqsa-signals", daemon=True)
+            self._listener.start()
+            self._wakeup = signal.set_wakeup_fd(self._pipe)
+            for number in self._signals:
+                self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
-        if self._depth == 0:
+        if self._depth == 0 and self._signals:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._pipe)
+            self._listener.join()
+            os.close(self._told)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        for listened in self._signals:
-            signal.signal(listened, signal.SIG_DFL)
+    def _listen(self) -> None:
+        while told := os.read(self._told, 1):
+            if told[0] not in self._signals:
+                continue
+            if self.received is not None:
+                os._exit(_EXIT_CODES.get(signal.Signals(told[0]), 1))
+            self.received = signal.Signals(told[0])
