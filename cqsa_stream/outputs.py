@@ -114,7 +114,6 @@ def damaged_rows(directory: RunDirectory, manifest: Manifest) -> Iterator[tuple[
     Raises ArrayError where the arrays cannot be opened.
     """
     store, sink = directory.store(manifest), open_outputs(directory, manifest)
-    for lane, covers in enumerate(store.covers()):
-        for row, cover in covers.items():
-            if cover is None:
-                yield lane, row, sink.holds(lane, row, store.finished_checksum(lane, row))
+    for header, _ in store.headers():
+        if header.finished:
+            yield header.lane, header.row, sink.holds(header.lane, header.row, header.checksum)

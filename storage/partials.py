@@ -15,7 +15,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,16 +127,19 @@ class PartialStore:
     def covers(self) -> list[dict[int, int | None]]:
         """Return, for each lane, the covers of the stored partials by row; None stands for a finished row."""
         found: list[dict[int, int | None]] = [{} for _ in range(self.lanes)]
+        for header, cover in self.headers():
+            found[header.lane][header.row] = None if header.finished else cover
+        return found
+
+    def headers(self) -> Iterator[tuple[Header, int]]:
+        """Yield header and cover of each stored partial, by lane and row; what is damaged is set aside."""
         for lane, row in self._stored():
             try:
-                header, cover = self._read(lane, row)
+                yield self._read(lane, row)
             except FileNotFoundError:  # set aside meanwhile by the process that works in the run
                 continue
             except DamagedError as error:
                 self._set_aside(lane, row, error)
-                continue
-            found[lane][row] = None if header.finished else cover
-        return found
 
     def load_into(self, lane: int, row: int, lse: np.ndarray, out: np.ndarray) -> int:
         """Fill lse and out with the stored partial and return its cover; 0, where there is none or it is damaged."""
@@ -151,10 +154,6 @@ class PartialStore:
             return 0
         self.bytes_read += _HEADER_BYTES + header.cover_bytes + header.lse_bytes + header.out_bytes
         return cover
-
-    def finished_checksum(self, lane: int, row: int) -> int:
-        """Return what ``finish`` was told of a finished row."""
-        return self._read(lane, row)[0].checksum
 
     def unfinish(self, lane: int, row: int) -> None:
         """Take back the word that a row is finished, its output being gone or damaged."""

@@ -49,7 +49,8 @@ def test_a_finished_row_is_a_header_alone(tmp_path: Path) -> None:
     found.commit(0, 2, 3, *numbers(2))
     found.finish(0, 2, 1234)
     assert found.covers() == [{2: None}, {}]
-    assert found.finished_checksum(0, 2) == 1234
+    [(header, _)] = found.headers()
+    assert header.checksum == 1234
     [file] = (tmp_path / "partials").iterdir()
     assert file.stat().st_size == 4096
     assert found.bytes_written == 4096 + 2 + 8 * 4 + 4 * 16 + 4096
