@@ -158,10 +158,11 @@ def _resume(
     host: HostPeak,
 ) -> None:
     refuse_other_inputs(target, arrays)
-    refuse_differences(directory.manifest(), directory, target, problem, options)
-    refuse_strange_places(directory.manifest(), directory, (target.out, target.lse))
+    manifest = directory.manifest()
+    refuse_differences(manifest, directory, target, problem, options)
+    refuse_strange_places(manifest, directory, (target.out, target.lse))
     check_inputs(arrays)
-    refuse_changed_inputs(directory.manifest(), fingerprints(arrays))
+    refuse_changed_inputs(manifest, fingerprints(arrays))
     if _is_whole(directory, stop):
         return
     with directory.locked(), output_locked(target.out):
