@@ -49,6 +49,7 @@ def attention(
     run_dir: str | Path | None = None,
     checkpoint_every_s: float | None = None,
     max_seconds: float | None = None,
+    kernel: str = "auto",
     observers: Sequence[Observer] = (),
 ) -> Any:
     """Compute exact attention of arrays that need not fit in memory; the arguments are those of torch's SDPA, and more.
@@ -66,7 +67,8 @@ def attention(
 
     ``device_memory``, ``host_memory``: bytes or "4GiB"; None takes 80 % of what is free, or what the run's last session
     had. ``schedule``: "auto", "cqs" or "rectangular". ``chunks``: c, a Singer number where queries and keys are the
-    same positions. ``observers`` are called with each event (``cqsa_stream.events``).
+    same positions. ``kernel``: "auto", or on CUDA "cupy": products in float32 and a softmax of its own, to compare with.
+    ``observers`` are called with each event (``cqsa_stream.events``).
 
     Raises InputError, BudgetError, LockedError, MismatchError or ArrayError, and RunStopped at ``max_seconds``.
     """
@@ -84,6 +86,7 @@ def attention(
         chunks=chunks,
         checkpoint_every_s=checkpoint_every_s,
         max_seconds=max_seconds,
+        kernel=None if kernel == "auto" else kernel,
     )
     if target is None:
         if run_dir is not None:
@@ -118,6 +121,7 @@ def plan(
     run_dir: str | Path | None = None,
     checkpoint_every_s: float | None = None,
     max_seconds: float | None = None,
+    kernel: str = "auto",
     observers: Sequence[Observer] = (),
 ) -> Plan:
     """Return what ``attention`` with the same options would do and need in a new run, reading nothing but shapes.
@@ -127,7 +131,9 @@ def plan(
     arrays, problem = _problem(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, q_start=q_start, queries=queries
     )
-    options = Options(str(device), device_memory, host_memory, schedule, chunks, checkpoint_every_s, max_seconds)
+    options = Options(
+        str(device), device_memory, host_memory, schedule, chunks, checkpoint_every_s, max_seconds, kernel
+    )
     where = None if out is None else Target.of(out, run_dir).out
     return plan_run(problem, arrays, options, durable=out is not None, out=where)[0]
 
@@ -223,6 +229,10 @@ class Run:
             "host_peak_bytes": max([last.get("host_peak_bytes", 0), *(s["host_peak_bytes"] for s in sessions)]),
             "device_projected_bytes": plan.get("device_projected_bytes"),
             "host_projected_bytes": plan.get("host_projected_bytes"),
+            "device_reserved_bytes": plan.get("device_reserved_bytes"),
+            "device_driver_peak_bytes": max(
+                [last.get("device_driver_peak_bytes", 0), *(s["device_driver_peak_bytes"] for s in sessions)]
+            ),
             "sessions": len(sessions),
             "pid": self.directory.live_pid(),
         }

@@ -44,6 +44,7 @@ HostMemory = Annotated[
 ]
 ScheduleName = Annotated[str | None, typer.Option("--schedule", help="auto, cqs or rectangular.")]
 Chunks = Annotated[int | None, typer.Option(help="Number of chunks: 7, 13, 21, 31, 57, ...")]
+KernelName = Annotated[str | None, typer.Option("--kernel", help="auto, or cupy: float32 on CUDA, to compare with.")]
 FillMissing = Annotated[bool, typer.Option("--fill-missing", help="Read missing stored chunks as the fill value.")]
 OutDtype = Annotated[
     str | None, typer.Option("--out-dtype", help="float32, float16 or bfloat16; the inputs' if not given.")
@@ -129,6 +130,7 @@ def plan(
     out_dtype: OutDtype = None,
     checkpoint_every: CheckpointEvery = None,
     max_seconds: MaxSeconds = None,
+    kernel: KernelName = None,
     lse: Lse = None,  # these three change nothing that a plan says: a run's options are taken as they are
     run_dir: RunDir = None,
     fresh: Fresh = False,
@@ -138,7 +140,7 @@ def plan(
     from cqsa_stream.planning import Options, plan_run, refuse_over_budget
 
     arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype)
-    options = Options(device, device_memory, host_memory, schedule, chunks, checkpoint_every, max_seconds)
+    options = Options(device, device_memory, host_memory, schedule, chunks, checkpoint_every, max_seconds, kernel)
     found, _ = plan_run(problem, arrays, options, durable=True, out=out)
     print(json.dumps(found.to_dict()) if as_json else found)
     refuse_over_budget(found)
@@ -163,6 +165,7 @@ def run(
     out_dtype: OutDtype = None,
     checkpoint_every: CheckpointEvery = None,
     max_seconds: MaxSeconds = None,
+    kernel: KernelName = None,
     lse: Lse = None,
     run_dir: RunDir = None,
     fresh: Fresh = False,
@@ -183,7 +186,7 @@ def run(
         arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype, target)
         options = Options(
             device, device_memory, host_memory, schedule, chunks,
-            checkpoint_every_s=checkpoint_every, max_seconds=max_seconds,
+            checkpoint_every_s=checkpoint_every, max_seconds=max_seconds, kernel=kernel,
         )  # fmt: skip
         run_on_disk(problem, arrays, options, target, terminal_observer(as_json=as_json, quiet=quiet), stop)
     if not quiet:

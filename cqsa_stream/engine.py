@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cqsa_stream.calls import Calls
 from cqsa_stream.errors import RunStopped
 from cqsa_stream.events import Checkpointed, Observer, Progressed
 from cqsa_stream.held import HeldRows
@@ -25,7 +26,6 @@ from cqsa_stream.outbox import Outbox
 from cqsa_stream.partial import Partial
 from cqsa_stream.prefetch import Prefetcher, Read
 from cqsa_stream.problem import Problem
-from cqsa_stream.schedulers.masks import Call
 from cqsa_stream.schedulers.memory import WRITERS
 from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.schedulers.planner import make_schedule
@@ -79,7 +79,9 @@ class Engine:
         self.schedule = make_schedule(job.plan.schedule, self.grid, job.plan.layout)
         self.covers = self._stored_covers()
         scale = job.problem.scale
-        self.sign, self.scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+        # kernels mask before they scale: only a positive scale keeps -inf
+        self.sign, scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+        self._calls = Calls(job.kernel, job.fold, scale, job.device)
         self._last_checkpoint = self._last_safe = time.monotonic()
         self._commit_s = 0.0
         self._last_report = 0.0
@@ -116,22 +118,21 @@ class Engine:
                 yield number, left
 
     def _pass(self) -> None:
-        problem, layout = self.problem, self.plan.layout
-        stored, compute = getattr(torch, problem.dtype), self.job.kernel.compute_dtype(getattr(torch, problem.dtype))
-        widths = {"key": problem.head_dim, "value": problem.value_dim}
-        held = HeldRows(problem, self.grid, layout, self.job.device, compute, self.job.store)
-        stage = Stage(self.job.device, stored, compute, layout, widths)
+        problem, layout, device = self.problem, self.plan.layout, self.job.device
+        compute = self.job.kernel.compute_dtype(getattr(torch, problem.dtype))
         with (
-            Prefetcher(self._reads(), self.job.arrays, layout, self.job.device) as stream,
+            HeldRows(problem, self.grid, layout, device, self.job.store) as held,
             self._new_outbox() as self._outbox,
-            ThreadPoolExecutor(WRITERS[self.job.device.type], "cqsa-finish") as self._writer,
+            ThreadPoolExecutor(WRITERS[device.type], "cqsa-finish") as self._writer,
         ):
-            for lane in range(problem.lanes):
-                held.begin_lane(lane)
-                self._finish_complete(held, lane)
-                for number, task in self._tasks(lane):
-                    self._run_task(number, task, held, stage, stream)
-                held.end_lane()
+            with Prefetcher(self._reads(), self.job.arrays, layout, device) as stream:
+                stage = Stage(problem, self.grid.rows, layout, device, compute, self.sign, self._calls.streams)
+                for lane in range(problem.lanes):
+                    held.begin_lane(lane)
+                    self._finish_complete(held, lane)
+                    for number, task in self._tasks(lane):
+                        self._run_task(number, task, held, stage, stream)
+                    held.end_lane()
             self._settle(held, wait=True)
 
     def _reads(self) -> Iterator[Read]:
@@ -149,12 +150,12 @@ class Engine:
 
     def _run_task(self, number: int, task: Task, held: HeldRows, stage: Stage, stream: Prefetcher) -> None:
         queries: dict[int, Tensor] = {}
-        for place, row in enumerate(task.rows):
-            span, queries[row] = self.grid.rows.span(row), held.queries(place, row)
+        last = {row: column for column, rows in task.steps for row in rows}
+        for row in task.rows:
+            span = self.grid.rows.span(row)
+            queries[row] = stage.begin_row(row, len(span))
             for tokens in pieces(span, self.plan.layout.query_tokens):
                 stage.queries(next(stream), queries[row][:, tokens.start - span.start : tokens.stop - span.start])
-            if self.sign != 1.0:
-                queries[row].mul_(self.sign)  # kernels mask before they scale: only a positive scale keeps -inf
             self._make_room(held)
             held.partial(row, task.rows, lambda r: self.schedule.next_row(r, number))
         for column, rows in task.steps:
@@ -164,6 +165,8 @@ class Engine:
                     self._attend(row, queries[row], held, tokens, key, value)
                 stage.done()
             for row in rows:
+                if last[row] == column:
+                    stage.end_row(row)
                 if held.add(row, column) == self.grid.complete_cover(row):
                     self._finish(held, row)
             self._safe_point(held, task.lane, column, rows)
@@ -175,21 +178,8 @@ class Engine:
         for call in self.problem.mask.calls(span, tokens, self.plan.layout.tile):
             rows = slice(call.rows.start - span.start, call.rows.stop - span.start)
             columns = slice(call.columns.start - tokens.start, call.columns.stop - tokens.start)
-            tile = self._call(queries[:, rows], key[:, columns], value[:, columns], call)
-            self.job.fold(partial.out[:, rows], partial.lse[:, rows], *tile)
-            del tile  # before the next call makes its own
-
-    def _call(self, queries: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """Run the kernel; several tiles along the diagonal go in as so many heads, and come back as rows."""
-        if call.tiles == 1:
-            return self.job.kernel.attend(queries, key, value, call.mask, self.scale)
-        heads, rows, n = *queries.shape[:2], call.tiles
-        query, key, value = (
-            x.reshape(x.shape[0], n, -1, x.shape[2]).transpose(0, 1).flatten(0, 1) for x in (queries, key, value)
-        )
-        out, lse = self.job.kernel.attend(query, key, value, call.mask, self.scale)
-        out = out.reshape(n, heads, rows // n, -1).transpose(0, 1).reshape(heads, rows, -1)
-        return out, lse.reshape(n, heads, rows // n).transpose(0, 1).reshape(heads, rows)
+            part = Partial(partial.out[:, rows], partial.lse[:, rows])
+            self._calls.attend(part, queries[:, rows], key[:, columns], value[:, columns], call)
 
     def _finish_complete(self, held: HeldRows, lane: int) -> None:
         """Finish rows that need nothing more: those that see no key, and those stored complete but not yet finished."""
@@ -211,8 +201,8 @@ class Engine:
             while self._outbox.full:
                 self._settle_first(held)
             slot = place
-            place, partial, copied = self._outbox.take(partial)
-            held.free(slot, copied)
+            place, partial, left, copied = self._outbox.take(partial)
+            held.free(slot, left)
         written = self._writer.submit(self._write, held.lane, row, partial, copied)
         self._leaving.append(_Leaving(held.lane, row, place, written))
 
@@ -220,7 +210,7 @@ class Engine:
         if self.job.device.type == "cpu":
             return nullcontext()
         rows = self.problem.group * self.grid.rows.chunk_tokens
-        dtype = getattr(torch, self.problem.partial_dtype)
+        dtype = getattr(torch, self.problem.out_dtype)
         return Outbox(self.job.device, self.plan.layout.leaving_rows, rows * self.problem.value_dim, rows, dtype)
 
     def _make_room(self, held: HeldRows) -> None:

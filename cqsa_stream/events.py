@@ -9,7 +9,11 @@ __all__ = ["Checkpointed", "Ended", "Event", "Figures", "Observer", "Progressed"
 
 @dataclass(frozen=True)
 class Figures:
-    """Where a run stands. ``*_done`` of all sessions; seconds, bytes and ``session_flops`` of this one."""
+    """Where a run stands. ``*_done`` of all sessions; seconds, bytes and ``session_flops`` of this one.
+
+    ``device_peak_bytes``: the growth of what torch's allocator holds; ``device_driver_peak_bytes``: the most that the
+    driver said this process holds, context and libraries included, when it was asked; 0 where it does not tell.
+    """
 
     pairs_done: int
     pairs_total: int
@@ -23,6 +27,7 @@ class Figures:
     bytes_read: int
     bytes_written: int
     device_peak_bytes: int
+    device_driver_peak_bytes: int
     host_peak_bytes: int
 
     def measured(self) -> dict[str, float]:

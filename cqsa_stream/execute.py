@@ -28,7 +28,7 @@ from cqsa_stream.allocator import returning_freed_memory
 from cqsa_stream.engine import Engine, Job
 from cqsa_stream.errors import ArrayError, CqsaError, FullDiskError, LockedError, RunStopped
 from cqsa_stream.events import Ended, Observer, Started
-from cqsa_stream.kernels import fold_for, kernel_for
+from cqsa_stream.kernels import fold_for
 from cqsa_stream.machine import choose_device, free_budgets
 from cqsa_stream.manifest import Manifest
 from cqsa_stream.meter import HostPeak, Meter
@@ -223,7 +223,7 @@ class _Session:
                     sink=self.sink,
                     store=self.store,
                     device=self.device,
-                    kernel=kernel_for(self.device, getattr(torch, self.problem.dtype)),
+                    kernel=self.options.kernel_on(self.device, self.problem),
                     fold=fold_for(self.device),
                     stop=stop,
                     observer=observer,
@@ -304,12 +304,13 @@ def _inherit(options: Options, directory: RunDirectory) -> Options:
     kinds: dict[str, Any] = {
         "device": str,
         "schedule": str,
+        "kernel": str,
         "device_memory": int,
         "host_memory": int,
         "checkpoint_every_s": int | float,
     }
     last = {name: value for name, value in last.items() if name in kinds and isinstance(value, kinds[name])}
-    names: tuple[str, ...] = ("device", "device_memory", "host_memory", "schedule", "checkpoint_every_s")
+    names: tuple[str, ...] = ("device", "device_memory", "host_memory", "schedule", "kernel", "checkpoint_every_s")
     if options.device is not None and options.device != last.get("device"):
         names = ("schedule", "checkpoint_every_s")  # budgets of another device say nothing
     taken = {name: last.get(name) for name in names if getattr(options, name) is None}

@@ -1,7 +1,8 @@
-"""The row chunks on the device: the queries of the task's rows, and as many rows' partials as the plan allows.
+"""The partials on the device: those of the task's rows, and as many more as the plan allows.
 
 Among those that no row of the task needs, the partial goes whose next use is farthest (Belady's rule: the schedule is
-known): to host memory, as far as the plan has places there, and from memory only by a durable commit.
+known): to host memory, as far as the plan has places there, and from memory only by a durable commit. Copies between
+the two go on in the order of the current stream, on which tiles are merged.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cqsa_stream.partial import Partial
+from cqsa_stream.pinned import PageLock, in_pages, pages
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.memory import Layout
@@ -28,7 +30,7 @@ class _Resident:
 
 
 class HeldRows:
-    """Queries and partials of one lane at a time. ``store`` is None where partials never leave memory."""
+    """Partials of one lane at a time; a context manager. ``store`` is None where they never leave memory."""
 
     def __init__(
         self,
@@ -36,35 +38,36 @@ class HeldRows:
         grid: Grid,
         layout: Layout,
         device: torch.device,
-        dtype: torch.dtype,
         store: PartialStore | None,
     ) -> None:
         self._problem, self._grid, self._store, self._device = problem, grid, store, device
         rows = problem.group * grid.rows.chunk_tokens
-        held, places = min(layout.rows_per_task, grid.rows.filled), layout.resident_rows
-        self._queries = torch.empty(held, rows * problem.head_dim, dtype=dtype, device=device)
+        places = layout.resident_rows
         numbers = getattr(torch, problem.partial_dtype)
         self._out = torch.empty(places, rows * problem.value_dim, dtype=numbers, device=device)
         self._lse = torch.empty(places, rows, dtype=torch.float64, device=device)
         self._free = list(range(places))
         self._until: dict[int, torch.cuda.Event | None] = {}
         self._resident: dict[int, _Resident] = {}
-        self._host_out = torch.empty(layout.parked_rows, rows * problem.value_dim, dtype=numbers)
-        self._host_lse = torch.empty(layout.parked_rows, rows, dtype=torch.float64)
+        out_bytes, lse_bytes = in_pages(rows * problem.value_dim * numbers.itemsize), in_pages(8 * rows)
+        parked = pages(layout.parked_rows * (out_bytes + lse_bytes)).view(layout.parked_rows, out_bytes + lse_bytes)
+        self._host = parked
+        self._host_out, self._host_lse = parked[:, :out_bytes].view(numbers), parked[:, out_bytes:].view(torch.float64)
         self._host_free = list(range(layout.parked_rows))
+        self._locks = PageLock(device)
         self._parked: dict[int, _Resident] = {}
         self.lane = -1
+
+    def __enter__(self) -> "HeldRows":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._locks.__exit__(*error)
 
     def begin_lane(self, lane: int) -> None:
         """Start with no partial in memory; those of the lane before must be finished or committed."""
         assert not {**self._resident, **self._parked}, "partials of the lane before are still in memory"
         self.lane = lane
-
-    def queries(self, place: int, row: int) -> Tensor:
-        """Return the buffer ``[heads, rows, head_dim]`` for the queries of the task's row number ``place``."""
-        count = len(self._grid.rows.span(row))
-        shape = (self._problem.group, count, self._problem.head_dim)
-        return self._queries[place][: shape[0] * count * shape[2]].view(shape)
 
     def partial(self, row: int, keep: tuple[int, ...], next_use: Callable[[int], int]) -> Partial:
         """Return the row's partial, from memory, from the store, or the empty one; ``keep``: rows that must stay."""
@@ -126,10 +129,9 @@ class HeldRows:
                 self._host_free.append(stored.slot)
         if self._host_free:
             slot = self._host_free.pop()
+            self._locks.lock(self._host[slot])
             partial = self._place(row, self._host_out[slot], self._host_lse[slot])
-            partial.out.copy_(leaving.partial.out)
-            partial.lse.copy_(leaving.partial.lse)
-            partial.cover = leaving.partial.cover
+            _move(leaving.partial, partial)
             self._parked[row] = _Resident(partial, slot, leaving.dirty)
         self.free(leaving.slot)
 
@@ -137,6 +139,8 @@ class HeldRows:
         if self._store is None:
             raise AssertionError("a plan without a run directory never lets a partial go")
         partial = resident.partial
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # it may be on its way to where it is parked
         self._store.commit(self.lane, row, partial.cover, partial.lse.cpu().numpy(), partial.out.cpu().numpy())
         resident.dirty = False
 
@@ -152,9 +156,7 @@ class HeldRows:
         if (until := self._until.pop(slot, None)) is not None:
             torch.cuda.current_stream(self._device).wait_event(until)
         if (parked := self._parked.pop(row, None)) is not None:
-            partial.out.copy_(parked.partial.out)
-            partial.lse.copy_(parked.partial.lse)
-            partial.cover = parked.partial.cover
+            _move(parked.partial, partial)
             self._host_free.append(parked.slot)
             return _Resident(partial, slot, parked.dirty)
         if self._store is not None:
@@ -169,6 +171,12 @@ class HeldRows:
             partial.lse.fill_(-torch.inf)
             partial.out.zero_()
         return _Resident(partial, slot)
+
+
+def _move(partial: Partial, to: Partial) -> None:
+    to.out.copy_(partial.out, non_blocking=True)
+    to.lse.copy_(partial.lse, non_blocking=True)
+    to.cover = partial.cover
 
 
 def _array(tensor: Tensor) -> np.ndarray:

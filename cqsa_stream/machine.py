@@ -4,7 +4,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,10 +12,10 @@ import psutil
 import torch
 
 from cqsa_stream.calibration import load
+from cqsa_stream.driver import process_bytes
 from cqsa_stream.errors import InputError
-from cqsa_stream.kernels import kernel_for
+from cqsa_stream.kernels import Kernel, fold_for
 from cqsa_stream.problem import Problem
-from cqsa_stream.schedulers.memory import Tile
 from cqsa_stream.schedulers.planner import Machine
 from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
 
@@ -32,7 +32,7 @@ __all__ = [
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _HOST_RESERVED_BYTES = {"cpu": 18 << 20, "cuda": 1 << 30}  # libraries' own: code pages, stacks, handles; measured
 _THREAD_BYTES = 1 << 20  # a kernel's scratch for each compute thread
-_DEVICE_RESERVED_BYTES = 64 << 20
+_ALLOCATOR_BYTES = {1: 96 << 20, 2: 48 << 20}  # by calls at a time: what torch's allocator holds beyond what it gave
 FREE_SHARE = 0.8
 
 
@@ -67,32 +67,36 @@ def choose_device(name: str) -> torch.device:
 
 
 def describe(
-    device: torch.device, problem: Problem, device_memory: int | None, host_memory: int | None, out: Path | None
+    device: torch.device,
+    problem: Problem,
+    kernel: Kernel,
+    device_memory: int | None,
+    host_memory: int | None,
+    out: Path | None,
 ) -> Machine:
     """Return the machine; budgets that are not given are 80 % of what is free. Raises InputError."""
     if device.type == "cpu" and device_memory is not None:
         raise InputError("device_memory with device cpu: there is one pool there; give host_memory alone")
     stored = getattr(torch, problem.dtype)
-    dtype = str(kernel_for(device, stored).compute_dtype(stored)).removeprefix("torch.")
+    dtype = str(kernel.compute_dtype(stored)).removeprefix("torch.")
     width = problem.head_dim + problem.value_dim
     calibration = load(device)
     known = calibration.rates(dtype, problem.head_dim, problem.value_dim) if calibration else None
     nominal = nominal_rates(device, dtype, width)
-    measured = known or _tried(nominal, device, problem)
+    measured = known or _tried(nominal, device, kernel, problem)
     free = free_host_bytes()
-    shapes = _SHAPES["cpu" if device.type == "cpu" else "plain" if dtype == "float32" else "cuda"]
     machine = Machine(
         device=device.type,
         device_allowed_bytes=None,
         host_allowed_bytes=int(free * FREE_SHARE) if host_memory is None else host_memory,
-        device_reserved_bytes=0,
+        allocator_bytes=0,
         host_reserved_bytes=_HOST_RESERVED_BYTES[device.type] + _THREAD_BYTES * torch.get_num_threads(),
         rates=known or nominal,
         measured=measured,
-        tile=replace(shapes.tile, rows=min(shapes.tile.rows, known.tiles.best_rows())) if known else shapes.tile,
-        block_tokens=shapes.block_tokens,
-        column_tokens=shapes.column_tokens,
-        step_flops=shapes.step_flops,
+        tile=replace(kernel.tile, rows=min(kernel.tile.rows, known.tiles.best_rows())) if known else kernel.tile,
+        block_tokens=16_384 if device.type == "cpu" else 65_536,
+        column_tokens=16_384 if device.type == "cpu" else 131_072,
+        step_flops=2e11 if device.type == "cpu" else 1e13 if dtype == "float32" else 1e15,
         host_free_bytes=free,
         host_total_bytes=psutil.virtual_memory().total,
         disk_free_bytes=None if out is None else _free_disk_bytes(out),
@@ -103,24 +107,10 @@ def describe(
     return replace(
         machine,
         device_allowed_bytes=int(device_free * FREE_SHARE) if device_memory is None else device_memory,
-        device_reserved_bytes=_DEVICE_RESERVED_BYTES,
+        allocator_bytes=_ALLOCATOR_BYTES[kernel.at_a_time],
+        device_reserved_bytes=_reserved_bytes(device, kernel, kernel.compute_dtype(stored)),
         device_free_bytes=device_free,
     )
-
-
-@dataclass(frozen=True)
-class _Shapes:
-    tile: Tile
-    block_tokens: int
-    column_tokens: int
-    step_flops: float
-
-
-_SHAPES = {
-    "cpu": _Shapes(Tile(16_384, 16_384, 1_024), 16_384, 16_384, 2e11),
-    "cuda": _Shapes(Tile(131_072, 65_536, 65_536), 65_536, 131_072, 1e15),
-    "plain": _Shapes(Tile(2_048, 2_048, 2_048), 65_536, 131_072, 1e13),  # its scores are written out: small tiles
-}
 
 
 _NOMINAL = Speeds(
@@ -182,22 +172,17 @@ def _free_disk_bytes(path: Path) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def _tried(rates: Rates, device: torch.device, problem: Problem) -> Rates:
+def _tried(rates: Rates, device: torch.device, kernel: Kernel, problem: Problem) -> Rates:
     """Return the rates with the kernel's times as a quick trial finds them."""
-    flops = _measured_flops(str(device), problem.dtype, problem.head_dim, problem.value_dim)
+    flops = _measured_flops(device, kernel, problem.dtype, problem.head_dim, problem.value_dim)
     return replace(rates, tiles=TileTimes.nominal(flops, problem.head_dim + problem.value_dim, 1e-4))
 
 
 @cache
-def _measured_flops(device_name: str, dtype_name: str, head_dim: int, value_dim: int) -> float:
+def _measured_flops(device: torch.device, kernel: Kernel, stored: str, head_dim: int, value_dim: int) -> float:
     """Time the kernel on one tile, small enough to take a moment and large enough to tell: the median of 3."""
-    device = torch.device(device_name)
-    dtype = getattr(torch, dtype_name)
-    kernel = kernel_for(device, dtype)
-    rows, columns = (2_048, 1_024) if device.type == "cpu" else (16_384, 16_384)
-    if device.type == "cuda" and dtype == torch.float32:
-        rows = columns = 2_048
-    dtype = kernel.compute_dtype(dtype)
+    rows, columns = (2_048, 1_024) if device.type == "cpu" else (min(32_768, kernel.tile.rows), kernel.tile.columns)
+    dtype = kernel.compute_dtype(getattr(torch, stored))
     q = torch.zeros(1, rows, head_dim, dtype=dtype, device=device)
     k = torch.zeros(1, columns, head_dim, dtype=dtype, device=device)
     v = torch.zeros(1, columns, value_dim, dtype=dtype, device=device)
@@ -209,3 +194,18 @@ def _measured_flops(device_name: str, dtype_name: str, head_dim: int, value_dim:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2.0 * (head_dim + value_dim) * rows * columns / sorted(seconds[1:])[1]
+
+
+@cache
+def _reserved_bytes(device: torch.device, kernel: Kernel, dtype: torch.dtype) -> int | None:
+    """Return what the driver holds for this process besides torch's memory: context, code, handles of libraries.
+
+    All that a run needs of these is there once the kernel and the merge have run. None where the driver does not tell.
+    """
+    q, out = torch.zeros(1, 64, 64, dtype=dtype, device=device), torch.zeros(1, 64, 64, device=device)
+    lse = torch.full((1, 64), -torch.inf, dtype=torch.float64, device=device)
+    with torch.cuda.device(device):
+        fold_for(device)(out, lse, *kernel.attend(q, q, q, "full", 1.0))
+        torch.cuda.synchronize(device)
+    held = process_bytes(device)
+    return None if held is None else max(0, held - torch.cuda.memory_reserved(device))

@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from cqsa_stream.driver import process_bytes
 from cqsa_stream.events import Figures
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Grid
@@ -65,13 +66,15 @@ class Meter:
         self._arrays = {id(array): array for array in arrays.values()}.values()
         self._started = time.monotonic()
         self._before = self._array_bytes()
+        self._driver_highest = 0
         self.rows_total = problem.lanes * sum(1 for a in range(grid.rows.chunks) if grid.rows.span(a))
         self.finished: list[set[int]] = [set() for _ in range(problem.lanes)]
         self.session_flops = 0
         self.restart([{} for _ in range(problem.lanes)])
         if device.type == "cuda":
+            torch.cuda.empty_cache()  # so that what is held from now on was taken for this session
             torch.cuda.reset_peak_memory_stats(device)
-            self._device_before = torch.cuda.memory_allocated(device)
+            self._device_before = torch.cuda.memory_reserved(device)
 
     def restart(self, covers: list[dict[int, int | None]]) -> None:
         """Count anew what is done, from the covers of the stored partials."""
@@ -113,13 +116,19 @@ class Meter:
             bytes_read=self._array_bytes() - self._before + stored_read,
             bytes_written=self._sink.bytes_written + stored_written,
             device_peak_bytes=self._device_peak(),
+            device_driver_peak_bytes=self._driver_peak(),
             host_peak_bytes=self._host.bytes(),
         )
 
     def _device_peak(self) -> int:
         if self._device.type != "cuda":
             return 0
-        return torch.cuda.max_memory_allocated(self._device) - self._device_before
+        return torch.cuda.max_memory_reserved(self._device) - self._device_before
+
+    def _driver_peak(self) -> int:
+        if self._device.type == "cuda":
+            self._driver_highest = max(self._driver_highest, process_bytes(self._device) or 0)
+        return self._driver_highest
 
     def _array_bytes(self) -> int:
         return sum(array.bytes_read for array in self._arrays)

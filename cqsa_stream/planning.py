@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from cqsa_stream.errors import BudgetError, InputError
-from cqsa_stream.kernels import kernel_for
+from cqsa_stream.kernels import KERNELS, Kernel, kernel_for, merges_at_once
 from cqsa_stream.machine import FREE_SHARE, choose_device, describe, parse_size
 from cqsa_stream.problem import Problem, dtype_bytes
 from cqsa_stream.schedulers.grid import Grid
@@ -37,10 +37,14 @@ class Options:
     chunks: int | None = None
     checkpoint_every_s: float | None = None
     max_seconds: float | None = None
+    kernel: str | None = None
 
     def check(self, problem: Problem) -> None:
         """Raises InputError where a value cannot be, for this problem."""
-        choose_device(self.device or "auto")
+        device = choose_device(self.device or "auto")
+        if self.kernel is not None and self.kernel not in KERNELS:
+            raise InputError(f"kernel {self.kernel!r}; expected one of {', '.join(KERNELS)}")
+        self.kernel_on(device, problem)
         if self.chunks is not None and (not isinstance(self.chunks, int) or not 0 < self.chunks <= MOST_CHUNKS):
             raise InputError(f"chunks {self.chunks!r}; expected a whole number, 1 to {MOST_CHUNKS}")
         if self.chunks is not None and problem.same_positions:
@@ -56,6 +60,10 @@ class Options:
                 raise InputError(f"{name} {value}; expected seconds, at least 0")
         for name in ("device_memory", "host_memory"):
             parse_size(getattr(self, name), name)
+
+    def kernel_on(self, device: torch.device, problem: Problem) -> Kernel:
+        """Return the kernel that computes the problem on a device. Raises InputError where there is none."""
+        return kernel_for(device, getattr(torch, problem.dtype), self.kernel or "auto")
 
 
 def plan_run(
@@ -76,16 +84,18 @@ def plan_run(
     device = choose_device(options.device or "auto")
     if problem.dtype == "float64" and device.type != "cpu":
         raise InputError(f"float64 arrays on {device}: take --device cpu, or convert them to float32")
+    kernel = options.kernel_on(device, problem)
     machine = describe(
         device,
         problem,
+        kernel,
         parse_size(options.device_memory, "device_memory"),
         parse_size(options.host_memory, "host_memory"),
         out,
     )
     every = options.checkpoint_every_s
     request = Request(
-        work=_workload(problem, arrays, device, durable=durable),
+        work=_workload(problem, arrays, device, kernel, durable=durable),
         queries=problem.queries,
         keys=problem.keys,
         first_query=problem.first_query,
@@ -134,8 +144,9 @@ def refuse_what_is_not_there(plan: Plan) -> None:
         raise BudgetError(f"{found}; allow less ({option} {int(free * FREE_SHARE) // 2**20}MiB), or free some")
 
 
-def _workload(problem: Problem, arrays: dict[str, TokenArray], device: torch.device, *, durable: bool) -> Workload:
-    stored = getattr(torch, problem.dtype)
+def _workload(
+    problem: Problem, arrays: dict[str, TokenArray], device: torch.device, kernel: Kernel, *, durable: bool
+) -> Workload:
     out_itemsize = dtype_bytes(problem.out_dtype)
     return Workload(
         lanes=problem.lanes,
@@ -143,11 +154,15 @@ def _workload(problem: Problem, arrays: dict[str, TokenArray], device: torch.dev
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         stored_itemsize=dtype_bytes(problem.dtype),
-        compute_itemsize=kernel_for(device, stored).compute_dtype(stored).itemsize,
+        compute_itemsize=kernel.compute_dtype(getattr(torch, problem.dtype)).itemsize,
         partial_itemsize=dtype_bytes(problem.partial_dtype),
         out_itemsize=out_itemsize,
         flops=problem.flops,
         staging_bytes=max(array.staging_bytes for array in arrays.values()),
+        calls_at_a_time=kernel.at_a_time,
+        score_bytes=kernel.score_bytes,
+        score_columns=kernel.score_columns,
+        merged_at_once=merges_at_once(device),
         kept_bytes=sum(array.kept_bytes for array in arrays.values()),
         durable=durable,
         resident_output_bytes=0

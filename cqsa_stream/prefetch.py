@@ -1,16 +1,15 @@
 """Reading ahead: a thread walks the schedule before the engine and fills host buffers with what is not there yet.
 
-The buffers are allocated once, as whole pages, so that files can be read straight into them; for a CUDA device they are
-page-locked, so that copies to the device run beside the compute. What stands in a buffer and will be used again stays,
-as far as there are buffers (``Residency``: the planner has counted the reads in the same way). A buffer is filled anew
-only when its last reader has let go of it.
+The buffers are allocated once, as whole pages, so that files can be read straight into them; for a CUDA device each is
+page-locked when it is first filled, so that copies to the device run beside the compute. What stands in a buffer and
+will be used again stays, as far as there are buffers (``Residency``: the planner has counted the reads in the same
+way). A buffer is filled anew only when its last reader has let go of it.
 """
 
 import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cqsa_stream.pinned import page_locked, pages
+from cqsa_stream.pinned import PageLock, pages
 from cqsa_stream.schedulers.memory import Layout
 from cqsa_stream.schedulers.residency import Residency
 from cqsa_stream.storage.arrays import TokenArray
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
+from cqsa_stream.tracing import span
 
 __all__ = ["Loaded", "Prefetcher", "Read"]
 
@@ -44,6 +44,7 @@ class Read:
 
 @dataclass
 class _Slot:
+    memory: Tensor
     bytes: np.ndarray
     released: "queue.SimpleQueue[None]" = field(default_factory=queue.SimpleQueue)
     readers: int = 0
@@ -78,9 +79,9 @@ class Prefetcher:
     ) -> None:
         self._reads = reads
         self._arrays = arrays
-        self._memory = pages(layout.slots * layout.slot_bytes)
-        self._device, self._locked = device, ExitStack()
-        self._slots = [_Slot(part) for part in np.split(self._memory.numpy(), layout.slots)]
+        memory = pages(layout.slots * layout.slot_bytes)
+        self._slots = [_Slot(part, part.numpy()) for part in memory.view(layout.slots, -1)]
+        self._locks = PageLock(device)
         self._residency = Residency(layout.slots, layout.ring_slots - 1)
         self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each piece that may yet be made ready
         for _ in self._slots:
@@ -94,11 +95,10 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._fill, name="cqsa-prefetch", daemon=True)
 
     def __enter__(self) -> "Prefetcher":
-        self._locked.enter_context(page_locked(self._memory, self._device))
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._closing.set()
         self._turns.put(None)
         for slot in self._slots:
@@ -106,7 +106,7 @@ class Prefetcher:
                 slot.released.put(None)
         self._thread.join()
         self._loaders.shutdown()
-        self._locked.close()
+        self._locks.__exit__(*error)
 
     def __next__(self) -> Loaded:
         """Return the next piece, waiting for it. Raises what reading it raised."""
@@ -156,7 +156,9 @@ class Prefetcher:
             lead = array.lead(read.batch, read.heads, read.tokens)
             used = slot.bytes[lead : lead + int(np.prod(shape)) * dtype.itemsize]
             if not present:
-                array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
+                with span("read"):
+                    array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
+                self._locks.lock(slot.memory)
         except ArrayError as error:
             raise ArrayError(f"{read.array}: {error}") from error
         values = torch.from_numpy(used).view(getattr(torch, array.dtype)).reshape(shape)

@@ -43,6 +43,8 @@ class Workload:
     ``staging_bytes``: the most that one piece of a read in flight holds besides its buffer. ``stored_itemsize``,
     ``compute_itemsize``, ``partial_itemsize``, ``out_itemsize``: bytes of one number on disk, on the device, in a
     partial, in the output. ``durable``: results go to disk, and partials can leave memory for it.
+    ``calls_at_a_time``: kernel calls whose tiles are there at a time; ``score_bytes``: what one holds for each score,
+    of ``score_columns`` keys at a time; ``merged_at_once``: a tile is merged by one kernel, with nothing besides.
     ``resident_output_bytes``: an output that stays in memory; ``kept_bytes``: what readers remember.
     """
 
@@ -57,6 +59,10 @@ class Workload:
     staging_bytes: int
     durable: bool
     resident_output_bytes: int
+    calls_at_a_time: int = 1
+    score_bytes: int = 0
+    score_columns: int = 0
+    merged_at_once: bool = False
     partial_itemsize: int = 4
     kept_bytes: int = 0
 
@@ -65,8 +71,9 @@ class Workload:
 class Layout:
     """The shapes of a run that take memory, in chunks and tokens.
 
-    ``rows_per_task`` row chunks' queries and ``resident_rows`` row chunks' partials stand on the device,
-    ``parked_rows`` more partials in host memory, and ``leaving_rows`` complete rows on their way to disk. Of host
+    A task holds ``rows_per_task`` row chunks. ``query_places`` of queries (more than that, where the next task's are
+    copied meanwhile) and ``resident_rows`` of partials stand on the device, ``parked_rows`` more partials in host
+    memory, and ``leaving_rows`` complete rows on their way to disk. Of host
     buffers of ``slot_bytes``, ``ring_slots`` hold what is read ahead and ``cache_slots`` what will be used again: a
     block of ``block_tokens`` keys or values, or ``query_tokens`` queries of all heads of the group. At most
     ``in_flight`` pieces of reads are under way. A kernel call takes at most a ``tile``; the output is stored
@@ -74,6 +81,7 @@ class Layout:
     """
 
     rows_per_task: int
+    query_places: int
     resident_rows: int
     block_tokens: int
     query_tokens: int
@@ -145,20 +153,22 @@ def footprint(
     layout: Layout,
     stored_partials: int,
     device: str,
-    device_reserved: int,
+    allocator: int,
     host_reserved: int,
 ) -> Footprint:
     """Return what a run of this layout holds at most, with so many partials on disk at a time."""
     count = rows.chunk_tokens
     block = layout.block_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize
     on_device = {
-        "queries": layout.rows_per_task * work.group * count * work.head_dim * work.compute_itemsize,
+        "queries": layout.query_places * work.group * count * work.head_dim * work.compute_itemsize,
         "partials": layout.resident_rows * partial_bytes(work, count),
-        "tile": _tile_bytes(work, min(count, layout.tile.rows), layout, device),
+        "tile": work.calls_at_a_time * _tile_bytes(work, min(count, layout.tile.rows), layout, device),
     }
     staged = {"ring": layout.ring_slots * layout.slot_bytes, "cache": layout.cache_slots * layout.slot_bytes}
+    rounded = work.group * count * (work.value_dim * work.out_itemsize + 4)  # a row as it leaves the device
     if device != "cpu":
-        staged["leaving"] = layout.leaving_rows * partial_bytes(work, count)
+        staged["leaving"] = layout.leaving_rows * (rounded + 2 * PAGE_BYTES)
+        staged["partials"] = layout.parked_rows * (partial_bytes(work, count) + 2 * PAGE_BYTES)
     pageable = {
         "reading": layout.in_flight * work.staging_bytes + work.kept_bytes,
         "writing": WRITERS[device]
@@ -170,10 +180,9 @@ def footprint(
     if device == "cpu":
         upcast = {"upcast": block if work.compute_itemsize != work.stored_itemsize else 0}
         return Footprint({}, {}, {**on_device, **upcast, **staged, **pageable}, disk)
-    pageable["partials"] = layout.parked_rows * partial_bytes(work, count)
     pageable["partial staging"] = partial_bytes(work, count)
-    narrow = 2 * layout.slot_bytes if work.compute_itemsize != work.stored_itemsize else 0  # as stored, to be upcast
-    on_device |= {"blocks": 2 * block + narrow, "reserved": device_reserved}
+    narrow = layout.slot_bytes if work.compute_itemsize != work.stored_itemsize else 0  # as stored, to be upcast
+    on_device |= {"blocks": 2 * block + narrow, "leaving": rounded, "allocator": allocator}
     return Footprint(on_device, staged, pageable, disk)
 
 
@@ -191,14 +200,14 @@ def _tile_bytes(work: Workload, rows: int, layout: Layout, device: str) -> int:
     width = max(work.head_dim, work.value_dim)
     heads_rows = work.group * rows
     result = heads_rows * (work.partial_itemsize * width + 4 + 5 * 8)
+    if work.merged_at_once:
+        result = heads_rows * (min(work.compute_itemsize, work.partial_itemsize) * width + 8)
+    elif work.compute_itemsize < work.partial_itemsize:  # before it is widened
+        result += heads_rows * work.compute_itemsize * width
     if work.group > 1:  # queries and results of stacked diagonal tiles, reordered
         result += heads_rows * (work.head_dim * work.compute_itemsize + work.partial_itemsize * work.value_dim)
-    if device == "cuda":
-        result += heads_rows * 2 * width  # the 16-bit result before it is widened
     padded = 0
     if work.head_dim != work.value_dim or (device == "cuda" and width % 8):
         padded = (heads_rows + 2 * layout.tile.columns) * (width + 8) * work.compute_itemsize
-    scores = 0
-    if device == "cuda" and work.compute_itemsize == 4:  # the plain kernel writes its scores out
-        scores = 3 * heads_rows * max(layout.tile.columns, layout.tile.leaf) * 4
-    return result + padded + scores
+    columns = max(layout.tile.columns, layout.tile.leaf)
+    return result + padded + heads_rows * min(columns, work.score_columns) * work.score_bytes

@@ -15,8 +15,9 @@ __all__ = ["Plan"]
 class Plan:
     """A schedule over a grid, with what it will hold, move and take. Sizes in bytes, times in seconds.
 
-    ``least``: what the smallest plan for the same problem would hold. ``*_free_bytes``: what the machine has, None
-    where that is not known. ``candidates``: the best plan of each schedule weighed.
+    ``least``: what the smallest plan for the same problem would hold. ``*_free_bytes``: what the machine has, and
+    ``device_reserved_bytes`` what the driver and its libraries hold there besides; None where that is not known.
+    ``candidates``: the best plan of each schedule weighed.
     """
 
     schedule: str
@@ -31,6 +32,7 @@ class Plan:
     device_allowed_bytes: int | None
     host_allowed_bytes: int
     device_free_bytes: int | None = None
+    device_reserved_bytes: int | None = None
     host_free_bytes: int | None = None
     disk_free_bytes: int | None = None
     candidates: tuple["Plan", ...] = ()
@@ -79,7 +81,7 @@ class Plan:
             "host_projected_bytes": held.host_bytes,
             "pinned_projected_bytes": sum(held.pinned.values()),
             "disk_projected_bytes": held.disk_bytes,
-            "device_reserved_bytes": held.device.get("reserved", 0),
+            "device_reserved_bytes": self.device_reserved_bytes,
             "host_reserved_bytes": held.pageable["reserved"],
             "device_allowed_bytes": self.device_allowed_bytes,
             "host_allowed_bytes": self.host_allowed_bytes,
@@ -133,8 +135,9 @@ class Plan:
         pools: list[tuple[str, ...]] = []
         if self.device_allowed_bytes is not None:
             pools.append(
-                ("device", _size(held.device_bytes), _size(held.device["reserved"]), _size(self.device_allowed_bytes),
-                 _size(self.device_free_bytes), over if held.device_bytes > self.device_allowed_bytes else "")
+                ("device", _size(held.device_bytes), _size(self.device_reserved_bytes),
+                 _size(self.device_allowed_bytes), _size(self.device_free_bytes),
+                 over if held.device_bytes > self.device_allowed_bytes else "")
             )  # fmt: skip
         pools.append(
             ("host", _size(held.host_bytes), _size(held.pageable["reserved"]), _size(self.host_allowed_bytes),

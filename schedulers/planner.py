@@ -148,6 +148,7 @@ class _Search:
             device_allowed_bytes=self.machine.device_allowed_bytes,
             host_allowed_bytes=self.machine.host_allowed_bytes,
             device_free_bytes=self.machine.device_free_bytes,
+            device_reserved_bytes=self.machine.device_reserved_bytes,
             host_free_bytes=self.machine.host_free_bytes,
             disk_free_bytes=self.machine.disk_free_bytes,
         )
@@ -272,6 +273,7 @@ class _Search:
         tile = self.machine.tile
         return Layout(
             rows_per_task=held,
+            query_places=held + (not on_device),
             resident_rows=held + missing * on_device,
             block_tokens=block,
             query_tokens=query_tokens(self.work, block),
@@ -296,7 +298,10 @@ class _Search:
             spare = leaving.resident_rows - 1 if fits else 0
 
             def held(n: int) -> Layout:
-                return replace(layout, rows_per_task=n, resident_rows=min(n + spare, max(n, rows.filled)))
+                places = layout.query_places + n - 1
+                return replace(
+                    layout, rows_per_task=n, query_places=places, resident_rows=min(n + spare, max(n, rows.filled))
+                )
 
             layout = held(self._most(name, rows, columns, 1, most, held))
             most = layout.resident_rows
@@ -319,6 +324,9 @@ class _Search:
             most = min(_MOST_LEAVING, layout.rows_per_task + 1, rows.filled * self.work.lanes)
             out = self._most(name, rows, columns, 1, most, lambda n: replace(layout, leaving_rows=n))
             layout = replace(layout, leaving_rows=out)
+            low = layout.query_places  # of the next task's rows
+            places = self._most(name, rows, columns, low, 2 * low - 2, lambda n: replace(layout, query_places=n))
+            layout = replace(layout, query_places=places)
         blocks = 2 * columns.filled * -(-columns.chunk_tokens // layout.block_tokens)
         queries = -(-rows.chunk_tokens // layout.query_tokens)  # each is used again by CQS alone
         blocks += rows.filled * queries if name == "cqs" else min(queries, layout.ring_slots)
@@ -369,7 +377,7 @@ class _Search:
         machine = self.machine
         stored = rows.filled if name == "cqs" else min(layout.resident_rows, rows.filled)
         return footprint(
-            self.work, rows, columns, layout, stored, machine.device, machine.device_reserved_bytes,
+            self.work, rows, columns, layout, stored, machine.device, machine.allocator_bytes,
             machine.host_reserved_bytes,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from crc32c import crc32c
 
+from cqsa_stream.storage.cached import all_cached, through_cache
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.retrying import retrying
 
@@ -200,6 +201,9 @@ def _reason(error: OSError) -> str:
 def _read(piece: Piece, *, direct: bool = True) -> list[tuple[int, int]]:
     try:
         with opened(piece.file, direct=direct) as (number, past_cache):
+            if past_cache and all_cached(number, piece.start, piece.length):
+                through_cache(number)
+                return _read_opened(piece, number, direct=False, keep=True)
             return _read_opened(piece, number, direct=past_cache)
     except OSError as error:
         if direct and error.errno == errno.EINVAL:  # opened with O_DIRECT, but read only in larger units
@@ -207,18 +211,18 @@ def _read(piece: Piece, *, direct: bool = True) -> list[tuple[int, int]]:
         raise ArrayError(f"{piece.file.path}: reading failed at byte {piece.start}: {error.strerror}") from error
 
 
-def _read_opened(piece: Piece, number: int, *, direct: bool) -> list[tuple[int, int]]:
+def _read_opened(piece: Piece, number: int, *, direct: bool, keep: bool = False) -> list[tuple[int, int]]:
     place = piece.place
     if place is None or (direct and (_address(place) - piece.start) % _SECTOR):
         with _bounce() as bounce:
             if direct:
                 return _fill_by_bounce(number, piece, bounce)
-            return _read_opened(replace(piece, place=bounce[: piece.length]), number, direct=False)
+            return _read_opened(replace(piece, place=bounce[: piece.length]), number, direct=False, keep=keep)
     if direct:
         _fill_directly(number, piece, place)
     else:
         _fill(number, piece, [place, *_trailer(piece)], piece.start)
-        if not piece.file.cached:
+        if not piece.file.cached and not keep:
             with suppress(OSError):
                 os.posix_fadvise(number, piece.start, piece.length, os.POSIX_FADV_DONTNEED)
     return _checksums(piece, piece.start, place)

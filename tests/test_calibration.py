@@ -10,6 +10,7 @@ import torch
 
 from cqsa_stream import bench, calibration, machine
 from cqsa_stream.calibration import Calibration, load, path_for, trying
+from cqsa_stream.kernels import kernel_for
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.rates import Speeds, TileTimes
 from tests.conftest import Cli
@@ -98,9 +99,10 @@ def test_a_tried_calibration_is_used_and_dropped() -> None:
 def test_plans_take_what_was_measured() -> None:
     array = Shape((1, 1, 4096, 64), "float32")
     problem = Problem.of(array, array, array)
-    assert machine.describe(CPU, problem, None, None, None).rates != FOUND.rates("float32", 64, 64)
+    kernel = kernel_for(CPU, torch.float32)
+    assert machine.describe(CPU, problem, kernel, None, None, None).rates != FOUND.rates("float32", 64, 64)
     with trying(FOUND):
-        described = machine.describe(CPU, problem, None, None, None)
+        described = machine.describe(CPU, problem, kernel, None, None, None)
     assert described.rates == described.measured == FOUND.rates("float32", 64, 64)
 
 

@@ -23,7 +23,7 @@ SPEEDS = Speeds(
 )  # fmt: skip
 RATES = Rates(TILES, SPEEDS)
 MACHINE = Machine(
-    device="cpu", device_allowed_bytes=None, host_allowed_bytes=256 * MIB, device_reserved_bytes=0,
+    device="cpu", device_allowed_bytes=None, host_allowed_bytes=256 * MIB, allocator_bytes=0,
     host_reserved_bytes=20 * MIB, rates=RATES, measured=RATES, tile=Tile(16_384, 4_096, 1_024), block_tokens=8_192,
     column_tokens=16_384, step_flops=2e11,
 )  # fmt: skip
@@ -58,8 +58,8 @@ def test_the_memory_model_is_a_sum() -> None:
     work = request(700).work
     axis = Axis(700, 100, 7)
     layout = Layout(
-        rows_per_task=3, resident_rows=7, block_tokens=50, query_tokens=50, slot_bytes=50 * 64 * 4, ring_slots=4,
-        cache_slots=5, tile=Tile(16_384, 50, 50), out_tokens=25,
+        rows_per_task=3, query_places=3, resident_rows=7, block_tokens=50, query_tokens=50, slot_bytes=50 * 64 * 4,
+        ring_slots=4, cache_slots=5, tile=Tile(16_384, 50, 50), out_tokens=25,
     )  # fmt: skip
     held = footprint(work, axis, axis, layout, 7, "cpu", 0, 1000)
     host = held.pageable
@@ -77,22 +77,23 @@ def test_the_memory_model_is_a_sum() -> None:
     half = dataclasses.replace(work, stored_itemsize=2)
     assert footprint(half, axis, axis, layout, 7, "cpu", 0, 0).pageable["upcast"] == 50 * 128 * 4
     cuda = footprint(half, axis, axis, layout, 7, "cuda", 77, 1000)
-    assert cuda.device["reserved"] == 77
-    assert set(cuda.pinned) == {"ring", "cache", "leaving"}
+    assert cuda.device["allocator"] == 77
+    assert cuda.device["leaving"] == 100 * (64 * 4 + 4)
+    assert set(cuda.pinned) == {"ring", "cache", "leaving", "partials"}
     leaving = footprint(half, axis, axis, dataclasses.replace(layout, leaving_rows=3), 7, "cuda", 77, 1000)
-    assert leaving.pinned["leaving"] == 3 * 100 * 264
+    assert leaving.pinned["leaving"] == 3 * (100 * 260 + 2 * 4096)
     assert cuda.pageable["partial staging"] == 100 * 264
-    assert cuda.pageable["partials"] == 0
+    assert cuda.pinned["partials"] == 0
     parked = footprint(half, axis, axis, dataclasses.replace(layout, parked_rows=2), 7, "cuda", 77, 1000)
-    assert parked.pageable["partials"] == 2 * 100 * 264
+    assert parked.pinned["partials"] == 2 * (100 * 264 + 2 * 4096)
     assert cuda.host_bytes == sum(cuda.pinned.values()) + sum(cuda.pageable.values())
     assert footprint(dataclasses.replace(work, durable=False), axis, axis, layout, 7, "cpu", 0, 0).disk_bytes == 0
 
 
 def forced(tokens: int, schedule: str, *, causal: bool = False, **more: int) -> Layout:
     axis = Axis.cut(tokens, 7)
-    fields = {"rows_per_task": 3, "resident_rows": 7, "block_tokens": axis.chunk_tokens, "ring_slots": 4,
-              "query_tokens": axis.chunk_tokens, "cache_slots": 0, "out_tokens": axis.chunk_tokens,
+    fields = {"rows_per_task": 3, "query_places": 3, "resident_rows": 7, "block_tokens": axis.chunk_tokens,
+              "ring_slots": 4, "query_tokens": axis.chunk_tokens, "cache_slots": 0, "out_tokens": axis.chunk_tokens,
               "slot_bytes": axis.chunk_tokens * 256, **more}  # fmt: skip
     return Layout(tile=Tile(16_384, 4_096, 1_024), **fields)
 

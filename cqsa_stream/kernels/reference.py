@@ -5,12 +5,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cqsa_stream.schedulers.masks import TileMask
+from cqsa_stream.schedulers.memory import Tile
 
 __all__ = ["PlainKernel"]
 
 
 class PlainKernel:
     """softmax(q k^T scale) v by plain matrix products in one dtype, without tf32."""
+
+    tile = Tile(2_048, 2_048, 2_048)  # its scores are written out
+    score_bytes = 12
+    score_columns = 2_048
+    at_a_time = 1
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         self.dtype = dtype

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cqsa_stream.schedulers.masks import TileMask
+from cqsa_stream.schedulers.memory import Tile
 
 __all__ = ["TorchCpuKernel"]
 
@@ -18,6 +19,9 @@ class TorchCpuKernel:
     """float32 tiles on the CPU, and float64 ones of float64 arrays."""
 
     name = "torch-cpu"
+    tile = Tile(16_384, 16_384, 1_024)
+    score_bytes = score_columns = 0
+    at_a_time = 1
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         return torch.float64 if stored == torch.float64 else torch.float32

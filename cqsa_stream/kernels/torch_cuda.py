@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cqsa_stream.schedulers.masks import TileMask
+from cqsa_stream.schedulers.memory import Tile
 
 __all__ = ["TorchCudaKernel"]
 
@@ -22,6 +23,9 @@ class TorchCudaKernel:
     """16-bit tiles on a CUDA device; each tile's output is rounded to 16 bits by the kernel."""
 
     name = "torch-cuda"
+    tile = Tile(65_536, 65_536, 65_536)
+    score_bytes = score_columns = 0
+    at_a_time = 2
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         return torch.float16 if stored.itemsize == 1 else stored
