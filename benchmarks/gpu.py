@@ -6,7 +6,7 @@
 Eight heads, bfloat16, causal. ``in core``: cuDNN on tensors that lie on the device. ``share``: device_memory as a part
 of Q + K + V + O; ``host``: host_memory likewise. ``cached``: the inputs are in the page cache; ``cold``: they are not,
 and ``disk`` is what their bytes and the output's take at the disk's rates. A run goes from disk to disk; its seconds
-are those of the session. ``call`` is the whole call: opening, fingerprints, planning too. Kernels are warm after the first.
+are those of the session. ``call`` is the whole call: opening, fingerprints, planning too.
 """
 
 import argparse

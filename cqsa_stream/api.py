@@ -67,7 +67,7 @@ def attention(
 
     ``device_memory``, ``host_memory``: bytes or "4GiB"; None takes 80 % of what is free, or what the run's last session
     had. ``schedule``: "auto", "cqs" or "rectangular". ``chunks``: c, a Singer number where queries and keys are the
-    same positions. ``kernel``: "auto", or on CUDA "cupy": products in float32 and a softmax of its own, to compare with.
+    same positions. ``kernel``: "auto", or "cupy": on CUDA products in float32 and a softmax of its own, to compare.
     ``observers`` are called with each event (``cqsa_stream.events``).
 
     Raises InputError, BudgetError, LockedError, MismatchError or ArrayError, and RunStopped at ``max_seconds``.

@@ -123,7 +123,14 @@ def nominal_rates(device: torch.device, dtype: str, width: int) -> Rates:
     """Return rates for a machine that was not measured."""
     if device.type == "cpu":
         return Rates(TileTimes.nominal(5e10 * torch.get_num_threads(), width, 1e-4), _NOMINAL)
-    beside = replace(_NOMINAL, stage_bytes_per_s=2e10, file_lost_s=1e-9, on_processor=False)
+    beside = replace(
+        _NOMINAL,
+        read_bytes_per_s=2e9,
+        write_bytes_per_s=1e9,
+        stage_bytes_per_s=2e10,
+        file_lost_s=1e-9,
+        on_processor=False,
+    )
     return Rates(TileTimes.nominal(3e13 if dtype == "float32" else 4e14, width, 1e-4), beside)
 
 

@@ -27,7 +27,7 @@ from cqsa_stream.tracing import span
 
 __all__ = ["Loaded", "Prefetcher", "Read"]
 
-_READS_AT_A_TIME = 2
+_READS_AT_A_TIME = {"cpu": 2, "cuda": 4}  # so that the disk has work when one of them ends
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Prefetcher:
         for _ in self._slots:
             self._turns.put(None)
         self._ready: queue.SimpleQueue[Future[Loaded] | BaseException | None] = queue.SimpleQueue()
-        reads_at_a_time = min(_READS_AT_A_TIME, layout.in_flight)  # so that the disk has work when one of them ends
+        reads_at_a_time = min(_READS_AT_A_TIME[device.type], layout.in_flight)
         self._loaders = ThreadPoolExecutor(reads_at_a_time, "cqsa-load")
         for array in arrays.values():
             array.begin(layout.in_flight // reads_at_a_time)

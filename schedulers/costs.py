@@ -1,7 +1,8 @@
 """The cost model: the seconds of a plan, from what it computes and moves. Pure arithmetic.
 
 Reading, computing and writing what is finished go on at the same time, so a run takes as long as the slowest of them,
-plus the first block that must be there before anything starts and the last row that is written after everything.
+plus the queries and the first block that must be there before anything starts and the last row that is written after
+everything.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def cost(
     warm_bytes = traffic.fetched_bytes - cold_bytes
     read = max(reader, cold_bytes / speeds.read_bytes_per_s + warm_bytes * speeds.read_cpu_s)
     write = finished * finish
-    fill = layout.slot_bytes * 2 / speeds.read_bytes_per_s
+    first = schedule.rows_per_task * work.group * grid.rows.chunk_tokens * work.head_dim * work.stored_itemsize
+    fill = (min(first, traffic.fetched_bytes) + 2 * layout.slot_bytes) / speeds.read_bytes_per_s
     drain = finish * min(_rows_ending_together(schedule), grid.rows.filled)
     waiting = _waits(schedule, layout) * finish * work.lanes
     seconds = fill + max(compute + waiting, staging, read, write) + drain
@@ -135,6 +137,8 @@ def _rows_ending_together(schedule: Schedule) -> int:
 
 def _waits(schedule: Schedule, layout: Layout) -> float:
     """For how many finished rows of a lane the next task waits, because their places are not free yet."""
+    if layout.leaving_rows:  # they leave at once, from elsewhere
+        return 0.0
     spare = layout.resident_rows - schedule.rows_per_task
     if schedule.name == "cqs":
         return schedule.grid.rows.filled * max(0.0, 1 - spare / schedule.rows_per_task)

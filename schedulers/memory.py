@@ -16,6 +16,7 @@ __all__ = [
     "Tile",
     "Workload",
     "footprint",
+    "leaving_bytes",
     "partial_bytes",
     "partial_file_bytes",
     "query_tokens",
@@ -141,6 +142,11 @@ def partial_bytes(work: Workload, rows: int) -> int:
     return work.group * rows * (work.partial_itemsize * work.value_dim + 8)
 
 
+def leaving_bytes(work: Workload, rows: int) -> int:
+    """Return the size of a row chunk as it leaves a device: rounded for the output, lse in float32; in whole pages."""
+    return work.group * rows * (work.value_dim * work.out_itemsize + 4) + 2 * PAGE_BYTES
+
+
 def partial_file_bytes(work: Workload, rows: int, columns: int) -> int:
     """Return the size of a partial's file: a header, a bit for each of the column chunks, the numbers."""
     return FILE_HEADER_BYTES + -(-columns // 8) + partial_bytes(work, rows)
@@ -165,9 +171,9 @@ def footprint(
         "tile": work.calls_at_a_time * _tile_bytes(work, min(count, layout.tile.rows), layout, device),
     }
     staged = {"ring": layout.ring_slots * layout.slot_bytes, "cache": layout.cache_slots * layout.slot_bytes}
-    rounded = work.group * count * (work.value_dim * work.out_itemsize + 4)  # a row as it leaves the device
+    leaving = leaving_bytes(work, count)
     if device != "cpu":
-        staged["leaving"] = layout.leaving_rows * (rounded + 2 * PAGE_BYTES)
+        staged["leaving"] = layout.leaving_rows * leaving
         staged["partials"] = layout.parked_rows * (partial_bytes(work, count) + 2 * PAGE_BYTES)
     pageable = {
         "reading": layout.in_flight * work.staging_bytes + work.kept_bytes,
@@ -182,7 +188,7 @@ def footprint(
         return Footprint({}, {}, {**on_device, **upcast, **staged, **pageable}, disk)
     pageable["partial staging"] = partial_bytes(work, count)
     narrow = layout.slot_bytes if work.compute_itemsize != work.stored_itemsize else 0  # as stored, to be upcast
-    on_device |= {"blocks": 2 * block + narrow, "leaving": rounded, "allocator": allocator}
+    on_device |= {"blocks": 2 * block + narrow, "leaving": leaving, "allocator": allocator}
     return Footprint(on_device, staged, pageable, disk)
 
 

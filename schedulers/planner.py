@@ -3,13 +3,21 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import takewhile
 
 from cqsa_stream.schedulers.costs import Cost, cost, kernel_s
+from cqsa_stream.schedulers.cuts import MOST_CHUNKS, cuts, pair_flops
 from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.memory import Footprint, Layout, Tile, footprint, query_tokens, slot_bytes
+from cqsa_stream.schedulers.memory import (
+    Footprint,
+    Layout,
+    Tile,
+    footprint,
+    leaving_bytes,
+    query_tokens,
+    slot_bytes,
+)
 from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
+from cqsa_stream.schedulers.quorums import quorum_size
 from cqsa_stream.schedulers.rates import Rates, TileTimes
 from cqsa_stream.schedulers.request import Machine, Request
 from cqsa_stream.schedulers.schedules import Cqs, Rectangular, Schedule, gaps, strides
@@ -18,9 +26,6 @@ from cqsa_stream.schedulers.traffic import Traffic, blocks_of_chunk, countable, 
 __all__ = ["MOST_CHUNKS", "Machine", "Request", "make_plan", "make_schedule"]
 
 _TIE = 1.02  # seconds that differ by less are equal: the model is no better than that
-MOST_CHUNKS = 100_000
-_CHOSEN_CHUNKS = 10_303  # the most that the planner takes by itself
-_LEAST_CHUNK_TOKENS = 256  # smaller chunks save little memory and cost much time
 _OUT_CHUNK_BYTES = 16 << 20
 _LEAST_OUT_CHUNK_BYTES = 64 << 10
 _SMALLEST_BLOCK = 256
@@ -28,8 +33,10 @@ _WEIGHED = 3  # numbers of chunks that fit, the fewest first; and of each as man
 _RINGS = (6, 4)
 _LONG_RING = 64  # where a device computes: it starves while a task has few rows left, unless much was read before
 _LONG_RING_SHARE = 4
-_MOST_LEAVING = 12
-_MOST_IN_FLIGHT = 6  # pieces of reads; what they hold besides should be small beside the budget
+_LEAVING_SHARE = 8  # of the host's budget, for rows on their way to disk: under a causal mask many end at a time
+_NEXT_QUERIES = 3  # places for queries of the next task, besides one: the rest come while its first rows compute
+_WHOLE = 128  # kernels of a device take so many rows or keys at a time: parts of chunks are whole numbers of that
+_MOST_IN_FLIGHT = {"cpu": 6, "cuda": 12}  # pieces of reads; what they hold besides should be small beside the budget
 _IN_FLIGHT_SHARE = 64
 
 
@@ -177,46 +184,7 @@ class _Search:
 
     @cached_property
     def _axes(self) -> list[tuple[Axis, Axis]]:
-        """How the tokens may be cut, the fewest chunks first."""
-        request = self.request
-        if request.grid is not None:
-            return [(request.grid.rows, request.grid.columns)]
-        if request.same_positions:
-            cuts = [Axis.cut(request.keys, c) for c in self._same_position_chunks()]
-            return [(axis, axis) for axis in cuts]
-        tokens = min(request.keys, self.machine.column_tokens)
-        columns = Axis(request.keys, tokens, -(-request.keys // tokens))
-        return [(Axis.cut(request.queries, c), columns) for c in self._row_chunks()]
-
-    def _same_position_chunks(self) -> list[int]:
-        """Return the Singer numbers whose pairs a run can stop between soon enough, as far as there are such."""
-        chunks, keys = self.request.chunks, self.request.keys
-        if chunks is not None:
-            quorum_size(chunks)
-            return [chunks]
-        most = min(_CHOSEN_CHUNKS, max(7, keys // _LEAST_CHUNK_TOKENS))
-        useful = list(takewhile(lambda c: c <= most, singer_numbers()))
-        quick = [c for c in useful if self._pair_flops(-(-keys // c), -(-keys // c)) <= self.machine.step_flops]
-        return quick or useful[-1:]
-
-    def _row_chunks(self) -> list[int]:
-        chunks, queries = self.request.chunks, self.request.queries
-        if chunks is not None:
-            if chunks < 1:
-                raise ValueError(f"{chunks} chunks; expected at least 1")
-            return [chunks]
-        largest = self.machine.column_tokens
-        least = min(_LEAST_CHUNK_TOKENS, largest)
-        sizes = [largest >> n for n in range(largest.bit_length())]
-        useful = [size for size in sizes if size >= least and -(-queries // size) <= MOST_CHUNKS]
-        if not useful:
-            return [MOST_CHUNKS]
-        step, columns = self.machine.step_flops, self.machine.column_tokens
-        quick = [size for size in useful if self._pair_flops(min(size, queries), columns) <= step]
-        return sorted({-(-queries // size) for size in quick or useful[-1:]})
-
-    def _pair_flops(self, rows: int, columns: int) -> float:
-        return 2.0 * (self.work.head_dim + self.work.value_dim) * self.work.group * rows * columns
+        return cuts(self.request, self.machine)
 
     def _least(self, name: str) -> "_Least":
         """Return what needs the least memory of all that the planner would offer."""
@@ -245,12 +213,15 @@ class _Search:
 
     def _blocks(self, columns: Axis) -> list[int]:
         """Return the sizes of blocks to weigh, the largest first: equal parts of a chunk, so that no call is short."""
-        parts = -(-columns.chunk_tokens // self.machine.block_tokens)
-        sizes = [-(-columns.chunk_tokens // parts)]
+        sizes = [self._part(columns.chunk_tokens, self.machine.block_tokens)]
         while sizes[-1] > _SMALLEST_BLOCK:
-            parts *= 2
-            sizes.append(-(-columns.chunk_tokens // parts))
+            sizes.append(self._part(columns.chunk_tokens, -(-sizes[-1] // 2)))
         return sizes
+
+    def _part(self, tokens: int, most: int) -> int:
+        """Return the size of equal parts of so many tokens at the most."""
+        part = -(-tokens // -(-tokens // most))
+        return part if self.machine.device == "cpu" or part < _WHOLE else min(tokens, -(-part // _WHOLE) * _WHOLE)
 
     def _rings(self, block: int) -> list[int]:
         """Return the slots for reading ahead to weigh, the most first."""
@@ -263,7 +234,7 @@ class _Search:
     def _in_flight(self) -> int:
         """How many pieces of reads may be under way, without much memory for it."""
         affordable = self.machine.host_allowed_bytes // _IN_FLIGHT_SHARE // max(1, self.work.staging_bytes)
-        return max(1, min(_MOST_IN_FLIGHT, affordable))
+        return max(1, min(_MOST_IN_FLIGHT[self.machine.device], affordable))
 
     def _layout(self, name: str, rows: Axis, block: int, ring: int, out: int, in_flight: int = 1) -> Layout:
         held = quorum_size(rows.chunks) if name == "cqs" else 1
@@ -271,6 +242,7 @@ class _Search:
         missing = max(0, rows.filled - held) if whole else 0
         on_device = self.machine.device == "cpu"  # where the host's memory is the device's
         tile = self.machine.tile
+        rows_of_call = tile.rows if on_device else self._part(rows.chunk_tokens, tile.rows)
         return Layout(
             rows_per_task=held,
             query_places=held + (not on_device),
@@ -280,7 +252,7 @@ class _Search:
             slot_bytes=slot_bytes(self.work, block),
             ring_slots=ring,
             cache_slots=0,
-            tile=Tile(tile.rows, min(tile.columns, block), min(tile.leaf, block)),
+            tile=Tile(rows_of_call, min(tile.columns, block), min(tile.leaf, block)),
             out_tokens=out,
             parked_rows=missing * (not on_device),
             leaving_rows=0 if on_device else 1,
@@ -290,7 +262,7 @@ class _Search:
     def _grown(self, name: str, rows: Axis, columns: Axis, layout: Layout) -> Iterator[Layout]:
         """Hold more row chunks, as far as the step allows, and more partials; then, or not, blocks used again."""
         if name == "rectangular":
-            pair = self._pair_flops(rows.chunk_tokens, columns.chunk_tokens)
+            pair = pair_flops(self.work, rows.chunk_tokens, columns.chunk_tokens)
             most = max(1, min(rows.filled, int(self.machine.step_flops / pair)))
             leaving = replace(layout, resident_rows=min(2, rows.filled))  # a row leaves while the next one comes
             from_their_places = self.machine.device == "cpu"  # elsewhere they leave through the outbox
@@ -321,11 +293,15 @@ class _Search:
             parked = self._most(name, rows, columns, low, most, lambda n: replace(layout, parked_rows=n))
             layout = replace(layout, parked_rows=parked)
         if self.machine.device != "cpu":
-            most = min(_MOST_LEAVING, layout.rows_per_task + 1, rows.filled * self.work.lanes)
+            affordable = (
+                self.machine.host_allowed_bytes // _LEAVING_SHARE // leaving_bytes(self.work, rows.chunk_tokens)
+            )
+            most = max(1, min(max(layout.rows_per_task + 1, affordable), rows.filled))
             out = self._most(name, rows, columns, 1, most, lambda n: replace(layout, leaving_rows=n))
             layout = replace(layout, leaving_rows=out)
-            low = layout.query_places  # of the next task's rows
-            places = self._most(name, rows, columns, low, 2 * low - 2, lambda n: replace(layout, query_places=n))
+            low = layout.query_places
+            most = min(2 * low - 2, low + _NEXT_QUERIES)
+            places = self._most(name, rows, columns, low, most, lambda n: replace(layout, query_places=n))
             layout = replace(layout, query_places=places)
         blocks = 2 * columns.filled * -(-columns.chunk_tokens // layout.block_tokens)
         queries = -(-rows.chunk_tokens // layout.query_tokens)  # each is used again by CQS alone

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from cqsa_stream.kernels import Kernel
+from cqsa_stream.errors import InputError
+from cqsa_stream.kernels import Kernel, kernel_for
 from cqsa_stream.kernels.reference import PlainKernel
 from cqsa_stream.kernels.torch_cpu import TorchCpuKernel
 from cqsa_stream.kernels.torch_cuda import TorchCudaKernel
@@ -16,20 +17,33 @@ GPU = pytest.param(TorchCudaKernel(), "cuda", torch.float16, 3e-3, 2e-3, marks=p
 PLAIN_GPU = pytest.param(
     PlainKernel(torch.float32), "cuda", torch.float32, 2e-6, 1e-5, marks=pytest.mark.gpu, id="plain-cuda"
 )
+
+
+def cupy_kernel() -> Kernel | None:
+    try:
+        return kernel_for(torch.device("cuda"), torch.float32, "cupy")
+    except InputError:
+        return None
+
+
+CUPY = pytest.param(cupy_kernel(), "cuda", torch.float32, 2e-6, 1e-5, marks=pytest.mark.gpu, id="cupy")
 KERNELS = [
     pytest.param(TorchCpuKernel(), "cpu", torch.float32, 2e-6, 1e-5, id="torch-cpu"),
     pytest.param(PlainKernel(torch.float64), "cpu", torch.float64, 1e-14, 1e-13, id="plain-float64"),
     pytest.param(PlainKernel(torch.float32), "cpu", torch.float32, 2e-6, 1e-5, id="plain-float32"),
     GPU,
     PLAIN_GPU,
+    CUPY,
 ]
 DIMS = [(8, 8), (12, 12), (64, 64), (80, 80), (64, 128), (128, 64), (256, 256)]
 
 
 @pytest.fixture(autouse=True)
-def _device_is_there(device: str) -> None:
+def _device_is_there(device: str, kernel: Kernel | None) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if kernel is None:
+        pytest.skip("no CuPy")
 
 
 @pytest.mark.parametrize(("kernel", "device", "dtype", "tolerance", "lse_tolerance"), KERNELS)
@@ -40,7 +54,7 @@ def test_contract(
     generator = torch.Generator().manual_seed(dim)
     masks: tuple[TileMask, ...] = ("full", "causal")
     for (heads, kv_heads), (rows, columns), mask in itertools.product(
-        [(1, 1), (4, 2), (3, 1)], [(1, 1), (5, 9), (9, 5), (130, 257), (257, 257)], masks
+        [(1, 1), (4, 2), (3, 1)], [(1, 1), (5, 9), (9, 5), (130, 257), (257, 257), (9, 5000)], masks
     ):
         if mask == "causal" and rows != columns:
             continue

@@ -78,7 +78,7 @@ def test_the_memory_model_is_a_sum() -> None:
     assert footprint(half, axis, axis, layout, 7, "cpu", 0, 0).pageable["upcast"] == 50 * 128 * 4
     cuda = footprint(half, axis, axis, layout, 7, "cuda", 77, 1000)
     assert cuda.device["allocator"] == 77
-    assert cuda.device["leaving"] == 100 * (64 * 4 + 4)
+    assert cuda.device["leaving"] == 100 * (64 * 4 + 4) + 2 * 4096
     assert set(cuda.pinned) == {"ring", "cache", "leaving", "partials"}
     leaving = footprint(half, axis, axis, dataclasses.replace(layout, leaving_rows=3), 7, "cuda", 77, 1000)
     assert leaving.pinned["leaving"] == 3 * (100 * 260 + 2 * 4096)

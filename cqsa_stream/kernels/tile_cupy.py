@@ -22,6 +22,8 @@ __all__ = ["CupyKernel"]
 KEYS = 4_096
 _THREADS = 256
 _SOURCE = r"""
+#define INFINITY __int_as_float(0x7f800000)
+
 __device__ float over_block(float mine, bool highest, float* shared) {
     for (int step = 16; step; step /= 2) {
         float other = __shfl_xor_sync(0xffffffffu, mine, step);
