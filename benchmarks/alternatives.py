@@ -80,7 +80,7 @@ def lanes_together() -> None:
     for budget in (256, 512, 1_024, 4_096):
         machine = Machine(
             device="cuda", device_allowed_bytes=budget * MIB, host_allowed_bytes=256 * MIB,
-            allocator_bytes=64 * MIB, host_reserved_bytes=0, rates=rates, measured=rates,
+            host_reserved_bytes=0, rates=rates, measured=rates,
             tile=Tile(65_536, 65_536, 65_536), block_tokens=65_536, column_tokens=131_072, step_flops=1e15,
         )  # fmt: skip
         apart = Workload(

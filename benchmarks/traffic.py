@@ -83,7 +83,7 @@ def planned(lengths: tuple[int, ...], budgets: tuple[int, ...]) -> list[Point]:
         )  # fmt: skip
         machine = Machine(
             device="cuda", device_allowed_bytes=budget * MIB, host_allowed_bytes=2 * budget * MIB,
-            allocator_bytes=64 * MIB, host_reserved_bytes=0, rates=rates, measured=rates,
+            host_reserved_bytes=0, rates=rates, measured=rates,
             tile=Tile(65_536, 65_536, 65_536), block_tokens=65_536, column_tokens=131_072, step_flops=1e15,
         )  # fmt: skip
         request = Request(work, tokens, tokens, 0, True, mask, (stored, stored, stored), _NEVER_S, schedule)

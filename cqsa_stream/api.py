@@ -229,10 +229,10 @@ class Run:
             "host_peak_bytes": max([last.get("host_peak_bytes", 0), *(s["host_peak_bytes"] for s in sessions)]),
             "device_projected_bytes": plan.get("device_projected_bytes"),
             "host_projected_bytes": plan.get("host_projected_bytes"),
-            "device_reserved_bytes": plan.get("device_reserved_bytes"),
-            "device_driver_peak_bytes": max(
-                [last.get("device_driver_peak_bytes", 0), *(s["device_driver_peak_bytes"] for s in sessions)]
-            ),
+            **{
+                name: max([last.get(name, 0), *(s[name] for s in sessions)])
+                for name in ("device_reserved_bytes", "device_driver_peak_bytes")
+            },
             "sessions": len(sessions),
             "pid": self.directory.live_pid(),
         }

@@ -12,7 +12,8 @@ class Figures:
     """Where a run stands. ``*_done`` of all sessions; seconds, bytes and ``session_flops`` of this one.
 
     ``device_peak_bytes``: the growth of what torch's allocator holds; ``device_driver_peak_bytes``: the most that the
-    driver said this process holds, context and libraries included, when it was asked; 0 where it does not tell.
+    driver said this process holds, when it was asked; ``device_reserved_bytes``: the most of it that was not torch's,
+    but the context's and libraries'. Both 0 where the driver does not tell.
     """
 
     pairs_done: int
@@ -28,6 +29,7 @@ class Figures:
     bytes_written: int
     device_peak_bytes: int
     device_driver_peak_bytes: int
+    device_reserved_bytes: int
     host_peak_bytes: int
 
     def measured(self) -> dict[str, float]:

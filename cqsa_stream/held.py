@@ -21,6 +21,8 @@ from cqsa_stream.storage.partials import PartialStore
 
 __all__ = ["HeldRows"]
 
+_LINE = 64
+
 
 @dataclass
 class _Resident:
@@ -44,25 +46,26 @@ class HeldRows:
         rows = problem.group * grid.rows.chunk_tokens
         places = layout.resident_rows
         numbers = getattr(torch, problem.partial_dtype)
-        self._out = torch.empty(places, rows * problem.value_dim, dtype=numbers, device=device)
-        self._lse = torch.empty(places, rows, dtype=torch.float64, device=device)
+        out_bytes, size = _bytes(rows * problem.value_dim, rows, numbers)
+        on_device = torch.empty(places, size, dtype=torch.uint8, device=device)
+        self._out, self._lse = on_device[:, :out_bytes].view(numbers), on_device[:, out_bytes:].view(torch.float64)
         self._free = list(range(places))
         self._until: dict[int, torch.cuda.Event | None] = {}
         self._resident: dict[int, _Resident] = {}
-        out_bytes, lse_bytes = in_pages(rows * problem.value_dim * numbers.itemsize), in_pages(8 * rows)
-        parked = pages(layout.parked_rows * (out_bytes + lse_bytes)).view(layout.parked_rows, out_bytes + lse_bytes)
-        self._host = parked
-        self._host_out, self._host_lse = parked[:, :out_bytes].view(numbers), parked[:, out_bytes:].view(torch.float64)
-        self._host_free = list(range(layout.parked_rows))
-        self._locks = PageLock(device)
+        parked = pages(layout.parked_rows * in_pages(size)).view(layout.parked_rows, in_pages(size))
+        self._host_out = parked[:, :out_bytes].view(numbers)
+        self._host_lse = parked[:, out_bytes:size].view(torch.float64)
+        self._host_free = list(range(layout.parked_rows))[::-1]  # the first is locked first
+        self._lock = PageLock(parked, device)
         self._parked: dict[int, _Resident] = {}
         self.lane = -1
 
     def __enter__(self) -> "HeldRows":
+        self._lock.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._locks.__exit__(*error)
+        self._lock.__exit__(*error)
 
     def begin_lane(self, lane: int) -> None:
         """Start with no partial in memory; those of the lane before must be finished or committed."""
@@ -129,7 +132,7 @@ class HeldRows:
                 self._host_free.append(stored.slot)
         if self._host_free:
             slot = self._host_free.pop()
-            self._locks.lock(self._host[slot])
+            self._lock.wait(slot)
             partial = self._place(row, self._host_out[slot], self._host_lse[slot])
             _move(leaving.partial, partial)
             self._parked[row] = _Resident(partial, slot, leaving.dirty)
@@ -171,6 +174,12 @@ class HeldRows:
             partial.lse.fill_(-torch.inf)
             partial.out.zero_()
         return _Resident(partial, slot)
+
+
+def _bytes(numbers: int, rows: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of a place's numbers, and of the place with its lse, in whole lines of a processor's cache."""
+    out_bytes = -(-numbers * dtype.itemsize // _LINE) * _LINE
+    return out_bytes, out_bytes + -(-8 * rows // _LINE) * _LINE
 
 
 def _move(partial: Partial, to: Partial) -> None:

@@ -16,8 +16,10 @@ from cqsa_stream.driver import process_bytes
 from cqsa_stream.errors import InputError
 from cqsa_stream.kernels import Kernel, fold_for
 from cqsa_stream.problem import Problem
+from cqsa_stream.schedulers.masks import TileMask
 from cqsa_stream.schedulers.planner import Machine
 from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
+from cqsa_stream.streams import new_stream
 
 __all__ = [
     "FREE_SHARE",
@@ -32,7 +34,6 @@ __all__ = [
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _HOST_RESERVED_BYTES = {"cpu": 18 << 20, "cuda": 1 << 30}  # libraries' own: code pages, stacks, handles; measured
 _THREAD_BYTES = 1 << 20  # a kernel's scratch for each compute thread
-_ALLOCATOR_BYTES = {1: 96 << 20, 2: 48 << 20}  # by calls at a time: what torch's allocator holds beyond what it gave
 FREE_SHARE = 0.8
 
 
@@ -89,7 +90,6 @@ def describe(
         device=device.type,
         device_allowed_bytes=None,
         host_allowed_bytes=int(free * FREE_SHARE) if host_memory is None else host_memory,
-        allocator_bytes=0,
         host_reserved_bytes=_HOST_RESERVED_BYTES[device.type] + _THREAD_BYTES * torch.get_num_threads(),
         rates=known or nominal,
         measured=measured,
@@ -107,7 +107,6 @@ def describe(
     return replace(
         machine,
         device_allowed_bytes=int(device_free * FREE_SHARE) if device_memory is None else device_memory,
-        allocator_bytes=_ALLOCATOR_BYTES[kernel.at_a_time],
         device_reserved_bytes=_reserved_bytes(device, kernel, kernel.compute_dtype(stored)),
         device_free_bytes=device_free,
     )
@@ -211,8 +210,13 @@ def _reserved_bytes(device: torch.device, kernel: Kernel, dtype: torch.dtype) ->
     """
     q, out = torch.zeros(1, 64, 64, dtype=dtype, device=device), torch.zeros(1, 64, 64, device=device)
     lse = torch.full((1, 64), -torch.inf, dtype=torch.float64, device=device)
-    with torch.cuda.device(device):
-        fold_for(device)(out, lse, *kernel.attend(q, q, q, "full", 1.0))
+    masks: tuple[TileMask, ...] = ("full", "causal")
+    with torch.cuda.device(device), torch.cuda.stream(new_stream(device)):
+        for mask in masks:
+            fold_for(device)(out, lse, *kernel.attend(q, q, q, mask, 1.0))
+        for rounded in (torch.bfloat16, torch.float16):
+            out.to(rounded)
+        lse.float()
         torch.cuda.synchronize(device)
     held = process_bytes(device)
     return None if held is None else max(0, held - torch.cuda.memory_reserved(device))

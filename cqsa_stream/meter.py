@@ -66,7 +66,7 @@ class Meter:
         self._arrays = {id(array): array for array in arrays.values()}.values()
         self._started = time.monotonic()
         self._before = self._array_bytes()
-        self._driver_highest = 0
+        self._driver_highest = self._reserved = 0
         self.rows_total = problem.lanes * sum(1 for a in range(grid.rows.chunks) if grid.rows.span(a))
         self.finished: list[set[int]] = [set() for _ in range(problem.lanes)]
         self.session_flops = 0
@@ -102,6 +102,7 @@ class Meter:
         self.tokens_done += self.problem.group * len(self.grid.rows.span(row))
 
     def figures(self) -> Figures:
+        self._ask_the_driver()
         stored_read, stored_written = (self._store.bytes_read, self._store.bytes_written) if self._store else (0, 0)
         return Figures(
             pairs_done=self.pairs_done,
@@ -116,7 +117,8 @@ class Meter:
             bytes_read=self._array_bytes() - self._before + stored_read,
             bytes_written=self._sink.bytes_written + stored_written,
             device_peak_bytes=self._device_peak(),
-            device_driver_peak_bytes=self._driver_peak(),
+            device_driver_peak_bytes=self._driver_highest,
+            device_reserved_bytes=self._reserved,
             host_peak_bytes=self._host.bytes(),
         )
 
@@ -125,10 +127,12 @@ class Meter:
             return 0
         return torch.cuda.max_memory_reserved(self._device) - self._device_before
 
-    def _driver_peak(self) -> int:
+    def _ask_the_driver(self) -> None:
         if self._device.type == "cuda":
-            self._driver_highest = max(self._driver_highest, process_bytes(self._device) or 0)
-        return self._driver_highest
+            before, found = torch.cuda.memory_reserved(self._device), process_bytes(self._device) or 0
+            self._driver_highest = max(self._driver_highest, found)
+            if before == torch.cuda.memory_reserved(self._device):
+                self._reserved = max(self._reserved, found - before)
 
     def _array_bytes(self) -> int:
         return sum(array.bytes_read for array in self._arrays)

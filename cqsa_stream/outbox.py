@@ -6,7 +6,6 @@ moment, this process does not. On the CPU rows leave from where they are, and th
 """
 
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -23,24 +22,20 @@ class Outbox:
 
     def __init__(self, device: torch.device, places: int, numbers: int, rows: int, dtype: torch.dtype) -> None:
         """Make places for ``rows`` rows of ``numbers`` numbers of the output's dtype in all, and their lse, float32."""
-        out_bytes, lse_bytes = in_pages(numbers * dtype.itemsize), in_pages(4 * rows)
-        self._memory = pages(places * (out_bytes + lse_bytes)).view(places, out_bytes + lse_bytes)
-        self._out, self._lse = self._memory[:, :out_bytes].view(dtype), self._memory[:, out_bytes:].view(torch.float32)
-        self._device = device
-        self._rounded = torch.empty(numbers, dtype=dtype, device=device)
-        self._rounded_lse = torch.empty(rows, dtype=torch.float32, device=device)
-        self._stream = new_stream(device)
+        size = in_pages(numbers * dtype.itemsize) + in_pages(4 * rows)
+        memory = pages(places * size).view(places, size)
+        self._host = [_parts(place, numbers, dtype) for place in memory]
+        self._rounded = _parts(torch.empty(size, dtype=torch.uint8, device=device), numbers, dtype)
+        self._device, self._stream = device, new_stream(device)
         self._free = deque(range(places))
-        self._locks = PageLock(device)
-        self._locker = ThreadPoolExecutor(1, "cqsa-lock")  # long before the first row is complete
-        self._ready = [self._locker.submit(self._lock, place) for place in range(places)]
+        self._lock = PageLock(memory, device)
 
     def __enter__(self) -> "Outbox":
+        self._lock.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._locker.shutdown(cancel_futures=True)
-        self._locks.__exit__(*error)
+        self._lock.__exit__(*error)
 
     @property
     def full(self) -> bool:
@@ -52,16 +47,17 @@ class Outbox:
         Return its place, the copy, when its place on the device is free, and when the copy is whole.
         """
         place = self._free.popleft()
-        self._ready[place].result()
-        host = Partial(_like(self._out[place], partial.out), _like(self._lse[place], partial.lse), partial.cover)
-        rounded, lse = _like(self._rounded, partial.out), _like(self._rounded_lse, partial.lse)
+        self._lock.wait(place)
+        host, rounded = (
+            Partial(_like(it[0], partial.out), _like(it[1], partial.lse)) for it in (self._host[place], self._rounded)
+        )
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            rounded.copy_(partial.out)
-            lse.copy_(partial.lse)
+            rounded.out.copy_(partial.out)
+            rounded.lse.copy_(partial.lse)
             left = mark()
-            host.out.copy_(rounded, non_blocking=True)
-            host.lse.copy_(lse, non_blocking=True)
+            host.out.copy_(rounded.out, non_blocking=True)
+            host.lse.copy_(rounded.lse, non_blocking=True)
             copied = mark()
         return place, host, left, copied
 
@@ -69,10 +65,11 @@ class Outbox:
         """Say that a place's row is written."""
         self._free.append(place)
 
-    def _lock(self, place: int) -> None:
-        memory = self._memory[place]
-        memory.fill_(0)  # pages that are there are locked in a tenth of the time, in which no kernel can be launched
-        self._locks.lock(memory)
+
+def _parts(place: Tensor, numbers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the output's numbers and the lse of a place."""
+    out_bytes = in_pages(numbers * dtype.itemsize)
+    return place[:out_bytes].view(dtype), place[out_bytes:].view(torch.float32)
 
 
 def _like(memory: Tensor, values: Tensor) -> Tensor:

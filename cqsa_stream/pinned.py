@@ -1,7 +1,7 @@
 """Host memory that a CUDA device copies to and from by itself: allocated once, at its exact size, page-locked in place.
 
-(torch's own pinned allocations are rounded up to a power of two.) Parts are locked one by one when they are first
-used: a page must be there to be locked, and making gigabytes of pages takes longer than a run needs to begin.
+(torch's own pinned allocations are rounded up to a power of two.) A thread locks it from its beginning on, in pieces
+that grow, while the first parts are used already: each call costs milliseconds, and gigabytes of new pages cost more.
 """
 
 import threading
@@ -12,6 +12,8 @@ from torch import Tensor
 from cqsa_stream.storage.ranges import PAGE
 
 __all__ = ["PageLock", "in_pages", "pages"]
+
+_FIRST_BYTES, _MOST_BYTES = 16 << 20, 128 << 20  # of a piece: a longer one would keep kernels from being launched
 
 
 def in_pages(size: int) -> int:
@@ -27,33 +29,62 @@ def pages(size: int) -> Tensor:
 
 
 class PageLock:
-    """Locks memory for a device until the end of its context; does nothing for the CPU. For any number of threads."""
+    """Locks places of memory ``[places, bytes]``, each whole pages, while inside; does nothing for the CPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._locked: set[int] = set()
-        self._taking = threading.Lock()
-
-    def lock(self, memory: Tensor) -> None:
-        """Lock whole pages, once, however often it is asked. Raises RuntimeError where that cannot be."""
-        address = memory.data_ptr()
-        if self._device.type != "cuda" or not memory.numel() or address in self._locked:
-            return
-        with torch.cuda.device(self._device):
-            status = torch.cuda.cudart().cudaHostRegister(address, memory.numel(), 0)  # type: ignore[no-untyped-call]
-        if int(status):
-            raise RuntimeError(f"page-locking failed (CUDA error {int(status)}); take a smaller host_memory")
-        with self._taking:
-            self._locked.add(address)
+    def __init__(self, memory: Tensor, device: torch.device) -> None:
+        self._memory, self._device = memory, device
+        self._pieces: list[int] = []
+        self._locked = 0
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        wanted = device.type == "cuda" and memory.numel() > 0
+        self._thread = threading.Thread(target=self._lock, name="cqsa-lock", daemon=True) if wanted else None
 
     def __enter__(self) -> "PageLock":
+        if self._thread is not None:
+            self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if not self._locked:
+    def wait(self, place: int) -> None:
+        """Wait until a place is locked. Raises RuntimeError where it cannot be."""
+        if self._thread is None or place < self._locked:
             return
+        with self._changed:
+            self._changed.wait_for(lambda: place < self._locked or self._error is not None)
+        if place >= self._locked and self._error is not None:
+            raise self._error
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is None or self._thread.ident is None:
+            return
+        self._closing = True
+        self._thread.join()
         torch.cuda.synchronize(self._device)
         with torch.cuda.device(self._device):
-            for address in self._locked:
+            for address in self._pieces:
                 torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
-        self._locked.clear()
+        self._pieces = []
+
+    def _lock(self) -> None:
+        places, size = self._memory.shape
+        count, most = max(1, _FIRST_BYTES // size), max(1, _MOST_BYTES // size)
+        try:
+            with torch.cuda.device(self._device):
+                while self._locked < places and not self._closing:
+                    piece = self._memory[self._locked : self._locked + count]
+                    self._register(piece.data_ptr(), piece.numel())
+                    with self._changed:
+                        self._locked += len(piece)
+                        self._changed.notify_all()
+                    count = min(2 * count, most)
+        except BaseException as error:  # handed to whoever waits
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _register(self, address: int, size: int) -> None:
+        status = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))  # type: ignore[no-untyped-call]
+        if status:
+            raise RuntimeError(f"page-locking host memory failed (CUDA error {status}); take a smaller host_memory")
+        self._pieces.append(address)

@@ -162,6 +162,7 @@ def _workload(
         calls_at_a_time=kernel.at_a_time,
         score_bytes=kernel.score_bytes,
         score_columns=kernel.score_columns,
+        workspace_bytes=kernel.workspace_bytes,
         merged_at_once=merges_at_once(device),
         kept_bytes=sum(array.kept_bytes for array in arrays.values()),
         durable=durable,

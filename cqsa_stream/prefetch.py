@@ -1,7 +1,7 @@
 """Reading ahead: a thread walks the schedule before the engine and fills host buffers with what is not there yet.
 
-The buffers are allocated once, as whole pages, so that files can be read straight into them; for a CUDA device each is
-page-locked when it is first filled, so that copies to the device run beside the compute. What stands in a buffer and
+The buffers are allocated once, as whole pages, so that files can be read straight into them; for a CUDA device they are
+page-locked, so that copies to the device run beside the compute. What stands in a buffer and
 will be used again stays, as far as there are buffers (``Residency``: the planner has counted the reads in the same
 way). A buffer is filled anew only when its last reader has let go of it.
 """
@@ -44,7 +44,7 @@ class Read:
 
 @dataclass
 class _Slot:
-    memory: Tensor
+    number: int
     bytes: np.ndarray
     released: "queue.SimpleQueue[None]" = field(default_factory=queue.SimpleQueue)
     readers: int = 0
@@ -79,9 +79,9 @@ class Prefetcher:
     ) -> None:
         self._reads = reads
         self._arrays = arrays
-        memory = pages(layout.slots * layout.slot_bytes)
-        self._slots = [_Slot(part, part.numpy()) for part in memory.view(layout.slots, -1)]
-        self._locks = PageLock(device)
+        memory = pages(layout.slots * layout.slot_bytes).view(layout.slots, -1)
+        self._slots = [_Slot(number, part.numpy()) for number, part in enumerate(memory)]
+        self._lock = PageLock(memory, device)
         self._residency = Residency(layout.slots, layout.ring_slots - 1)
         self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each piece that may yet be made ready
         for _ in self._slots:
@@ -95,6 +95,7 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._fill, name="cqsa-prefetch", daemon=True)
 
     def __enter__(self) -> "Prefetcher":
+        self._lock.__enter__()
         self._thread.start()
         return self
 
@@ -106,7 +107,7 @@ class Prefetcher:
                 slot.released.put(None)
         self._thread.join()
         self._loaders.shutdown()
-        self._locks.__exit__(*error)
+        self._lock.__exit__(*error)
 
     def __next__(self) -> Loaded:
         """Return the next piece, waiting for it. Raises what reading it raised."""
@@ -158,7 +159,7 @@ class Prefetcher:
             if not present:
                 with span("read"):
                     array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
-                self._locks.lock(slot.memory)
+                self._lock.wait(slot.number)
         except ArrayError as error:
             raise ArrayError(f"{read.array}: {error}") from error
         values = torch.from_numpy(used).view(getattr(torch, array.dtype)).reshape(shape)

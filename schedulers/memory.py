@@ -20,11 +20,13 @@ __all__ = [
     "partial_bytes",
     "partial_file_bytes",
     "query_tokens",
+    "segments",
     "slot_bytes",
 ]
 
 FILE_HEADER_BYTES = 4096  # of the file of a partial
 PAGE_BYTES = 4096
+_SEGMENT = 2 << 20
 WRITERS = {"cpu": 1, "cuda": 4}  # threads that write complete rows; on the CPU they take time from the kernels
 
 
@@ -45,8 +47,9 @@ class Workload:
     ``compute_itemsize``, ``partial_itemsize``, ``out_itemsize``: bytes of one number on disk, on the device, in a
     partial, in the output. ``durable``: results go to disk, and partials can leave memory for it.
     ``calls_at_a_time``: kernel calls whose tiles are there at a time; ``score_bytes``: what one holds for each score,
-    of ``score_columns`` keys at a time; ``merged_at_once``: a tile is merged by one kernel, with nothing besides.
-    ``resident_output_bytes``: an output that stays in memory; ``kept_bytes``: what readers remember.
+    of ``score_columns`` keys at a time; ``workspace_bytes``: what its libraries take on a device; ``merged_at_once``: a
+    tile is merged by one kernel, with nothing besides. ``resident_output_bytes``: an output that stays in memory;
+    ``kept_bytes``: what readers remember.
     """
 
     lanes: int
@@ -63,6 +66,7 @@ class Workload:
     calls_at_a_time: int = 1
     score_bytes: int = 0
     score_columns: int = 0
+    workspace_bytes: int = 0
     merged_at_once: bool = False
     partial_itemsize: int = 4
     kept_bytes: int = 0
@@ -159,16 +163,16 @@ def footprint(
     layout: Layout,
     stored_partials: int,
     device: str,
-    allocator: int,
     host_reserved: int,
 ) -> Footprint:
     """Return what a run of this layout holds at most, with so many partials on disk at a time."""
     count = rows.chunk_tokens
     block = layout.block_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize
+    tile = _tile(work, min(count, layout.tile.rows), layout, device)
     on_device = {
         "queries": layout.query_places * work.group * count * work.head_dim * work.compute_itemsize,
         "partials": layout.resident_rows * partial_bytes(work, count),
-        "tile": work.calls_at_a_time * _tile_bytes(work, min(count, layout.tile.rows), layout, device),
+        "tile": work.calls_at_a_time * sum(tile),
     }
     staged = {"ring": layout.ring_slots * layout.slot_bytes, "cache": layout.cache_slots * layout.slot_bytes}
     leaving = leaving_bytes(work, count)
@@ -188,7 +192,10 @@ def footprint(
         return Footprint({}, {}, {**on_device, **upcast, **staged, **pageable}, disk)
     pageable["partial staging"] = partial_bytes(work, count)
     narrow = layout.slot_bytes if work.compute_itemsize != work.stored_itemsize else 0  # as stored, to be upcast
-    on_device |= {"blocks": 2 * block + narrow, "leaving": leaving, "allocator": allocator}
+    on_device |= {"blocks": 2 * block + narrow, "leaving": leaving, "libraries": work.workspace_bytes}
+    held = [on_device[name] for name in ("partials", "leaving", "queries", "libraries")] + [2 * block, narrow]
+    whole = segments(held) + work.calls_at_a_time * segments(tile)
+    on_device["allocator"] = whole - sum(on_device.values())
     return Footprint(on_device, staged, pageable, disk)
 
 
@@ -201,19 +208,42 @@ def _disk(work: Workload, rows: Axis, columns: Axis, stored_partials: int) -> di
     }
 
 
-def _tile_bytes(work: Workload, rows: int, layout: Layout, device: str) -> int:
-    """What one kernel call and its merge hold: out and lse, float64 weights, zero-padded operands, scores."""
+def _tile(work: Workload, rows: int, layout: Layout, device: str) -> list[int]:
+    """What one kernel call and its merge hold: out, lse and float64 weights, zero-padded operands, scores."""
     width = max(work.head_dim, work.value_dim)
     heads_rows = work.group * rows
-    result = heads_rows * (work.partial_itemsize * width + 4 + 5 * 8)
+    parts = [heads_rows * work.partial_itemsize * width, heads_rows * (4 + 5 * 8)]
     if work.merged_at_once:
-        result = heads_rows * (min(work.compute_itemsize, work.partial_itemsize) * width + 8)
+        parts = [heads_rows * min(work.compute_itemsize, work.partial_itemsize) * width, heads_rows * 8]
     elif work.compute_itemsize < work.partial_itemsize:  # before it is widened
-        result += heads_rows * work.compute_itemsize * width
+        parts.append(heads_rows * work.compute_itemsize * width)
     if work.group > 1:  # queries and results of stacked diagonal tiles, reordered
-        result += heads_rows * (work.head_dim * work.compute_itemsize + work.partial_itemsize * work.value_dim)
-    padded = 0
+        parts += [
+            heads_rows * work.head_dim * work.compute_itemsize,
+            heads_rows * work.partial_itemsize * work.value_dim,
+        ]
     if work.head_dim != work.value_dim or (device == "cuda" and width % 8):
-        padded = (heads_rows + 2 * layout.tile.columns) * (width + 8) * work.compute_itemsize
+        parts.append((heads_rows + 2 * layout.tile.columns) * (width + 8) * work.compute_itemsize)
     columns = max(layout.tile.columns, layout.tile.leaf)
-    return result + padded + heads_rows * min(columns, work.score_columns) * work.score_bytes
+    return [*parts, heads_rows * min(columns, work.score_columns) * work.score_bytes]
+
+
+def segments(sizes: list[int]) -> int:
+    """Return what torch's CUDA allocator holds for tensors of these sizes: those up to 1 MiB in segments of 2 MiB,
+    those below 10 MiB in segments of 20 MiB, each larger one in its own, of whole 2 MiB.
+
+    (c10/cuda/CUDACachingAllocator.cpp: kSmallSize, kMinLargeAlloc, kLargeBuffer, kRoundLarge.)
+    """
+    small = large = 0
+    left: list[int] = []  # in segments of 20 MiB
+    for size in sizes:
+        size = -(-size // 512) * 512
+        if size <= 1 << 20:
+            small += size
+        elif size >= 10 << 20:
+            large += -(-size // _SEGMENT) * _SEGMENT
+        elif (place := next((i for i, room in enumerate(left) if room >= size), None)) is not None:
+            left[place] -= size
+        else:
+            left.append((20 << 20) - size)
+    return large + len(left) * (20 << 20) + -(-small // _SEGMENT) * _SEGMENT

@@ -353,7 +353,7 @@ class _Search:
         machine = self.machine
         stored = rows.filled if name == "cqs" else min(layout.resident_rows, rows.filled)
         return footprint(
-            self.work, rows, columns, layout, stored, machine.device, machine.allocator_bytes,
+            self.work, rows, columns, layout, stored, machine.device,
             machine.host_reserved_bytes,
         )  # fmt: skip
 

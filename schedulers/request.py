@@ -17,15 +17,13 @@ class Machine:
 
     A plan is chosen by ``rates``; its seconds are told by ``measured``: without a calibration, what a quick trial
     found, which must not change the plan from one day to the next. ``step_flops`` bounds the work between two moments
-    at which a run can stop. ``allocator_bytes`` are the budget's, for what an allocator holds beyond what it gave;
-    ``device_reserved_bytes``, the driver's own and its libraries', are held besides. What is None is not there, or not
-    known.
+    at which a run can stop. ``device_reserved_bytes``, the driver's own and its libraries', are held besides the
+    budget. What is None is not there, or not known.
     """
 
     device: str
     device_allowed_bytes: int | None
     host_allowed_bytes: int
-    allocator_bytes: int
     host_reserved_bytes: int
     rates: Rates
     measured: Rates

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from cqsa_stream.schedulers.costs import cost, kernel_s
 from cqsa_stream.schedulers.grid import Axis, Grid
 from cqsa_stream.schedulers.masks import mask_of
-from cqsa_stream.schedulers.memory import Layout, Tile, Workload, footprint, partial_bytes, partial_file_bytes
+from cqsa_stream.schedulers.memory import (
+    Layout,
+    Tile,
+    Workload,
+    footprint,
+    partial_bytes,
+    partial_file_bytes,
+    segments,
+)
 from cqsa_stream.schedulers.planner import Machine, Request, make_plan, make_schedule
 from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
 from cqsa_stream.schedulers.schedules import Cqs, Rectangular
@@ -23,7 +31,7 @@ SPEEDS = Speeds(
 )  # fmt: skip
 RATES = Rates(TILES, SPEEDS)
 MACHINE = Machine(
-    device="cpu", device_allowed_bytes=None, host_allowed_bytes=256 * MIB, allocator_bytes=0,
+    device="cpu", device_allowed_bytes=None, host_allowed_bytes=256 * MIB,
     host_reserved_bytes=20 * MIB, rates=RATES, measured=RATES, tile=Tile(16_384, 4_096, 1_024), block_tokens=8_192,
     column_tokens=16_384, step_flops=2e11,
 )  # fmt: skip
@@ -61,7 +69,7 @@ def test_the_memory_model_is_a_sum() -> None:
         rows_per_task=3, query_places=3, resident_rows=7, block_tokens=50, query_tokens=50, slot_bytes=50 * 64 * 4,
         ring_slots=4, cache_slots=5, tile=Tile(16_384, 50, 50), out_tokens=25,
     )  # fmt: skip
-    held = footprint(work, axis, axis, layout, 7, "cpu", 0, 1000)
+    held = footprint(work, axis, axis, layout, 7, "cpu", 1000)
     host = held.pageable
     assert held.device == held.pinned == {}
     assert host["queries"] == 3 * 100 * 64 * 4
@@ -75,19 +83,19 @@ def test_the_memory_model_is_a_sum() -> None:
     assert held.disk["partials"] == (7 + 1) * (4096 + 1 + 100 * 264) + 2 * 7 * 4096
     assert partial_file_bytes(work, 100, 7) == 4096 + 1 + 100 * 264
     half = dataclasses.replace(work, stored_itemsize=2)
-    assert footprint(half, axis, axis, layout, 7, "cpu", 0, 0).pageable["upcast"] == 50 * 128 * 4
-    cuda = footprint(half, axis, axis, layout, 7, "cuda", 77, 1000)
-    assert cuda.device["allocator"] == 77
+    assert footprint(half, axis, axis, layout, 7, "cpu", 0).pageable["upcast"] == 50 * 128 * 4
+    cuda = footprint(half, axis, axis, layout, 7, "cuda", 1000)
+    assert cuda.device_bytes == 2 * MIB + 2 * MIB  # all of it small: one segment, and one for the call
     assert cuda.device["leaving"] == 100 * (64 * 4 + 4) + 2 * 4096
     assert set(cuda.pinned) == {"ring", "cache", "leaving", "partials"}
-    leaving = footprint(half, axis, axis, dataclasses.replace(layout, leaving_rows=3), 7, "cuda", 77, 1000)
+    leaving = footprint(half, axis, axis, dataclasses.replace(layout, leaving_rows=3), 7, "cuda", 1000)
     assert leaving.pinned["leaving"] == 3 * (100 * 260 + 2 * 4096)
     assert cuda.pageable["partial staging"] == 100 * 264
     assert cuda.pinned["partials"] == 0
-    parked = footprint(half, axis, axis, dataclasses.replace(layout, parked_rows=2), 7, "cuda", 77, 1000)
+    parked = footprint(half, axis, axis, dataclasses.replace(layout, parked_rows=2), 7, "cuda", 1000)
     assert parked.pinned["partials"] == 2 * (100 * 264 + 2 * 4096)
     assert cuda.host_bytes == sum(cuda.pinned.values()) + sum(cuda.pageable.values())
-    assert footprint(dataclasses.replace(work, durable=False), axis, axis, layout, 7, "cpu", 0, 0).disk_bytes == 0
+    assert footprint(dataclasses.replace(work, durable=False), axis, axis, layout, 7, "cpu", 0).disk_bytes == 0
 
 
 def forced(tokens: int, schedule: str, *, causal: bool = False, **more: int) -> Layout:
@@ -350,3 +358,13 @@ def test_checkpoints_are_no_more_than_there_are_moments_for_them() -> None:
     assert plans[0].cost.checkpoints == plans[1].cost.checkpoints >= steps
     assert plans[2].cost.checkpoints == 0
     assert plans[0].cost.bytes_written > plans[2].cost.bytes_written
+
+
+def test_what_an_allocator_holds() -> None:
+    """Small tensors share segments of 2 MiB, those below 10 MiB segments of 20; each other has its own."""
+    assert segments([]) == 0
+    assert segments([1, MIB // 2]) == 2 * MIB
+    assert segments([8 * MIB, 8 * MIB, 4 * MIB]) == 20 * MIB
+    assert segments([8 * MIB, 8 * MIB, 5 * MIB]) == 2 * 20 * MIB
+    assert segments([10 * MIB, 11 * MIB + 1]) == (10 + 12) * MIB
+    assert segments([512 * 3, 9 * MIB, 30 * MIB]) == (2 + 20 + 30) * MIB

@@ -9,7 +9,8 @@ The contract, tested for every back end by one suite: ``attend(q, k, v, mask, sc
 - a row that sees no key gives (0, -inf).
 
 ``tile`` is the largest call it likes, ``at_a_time`` how many of them, on streams of their own. ``score_bytes``: what
-one holds besides its result, for each row and each of up to ``score_columns`` keys.
+one holds besides its result, for each row and each of up to ``score_columns`` keys; ``workspace_bytes``: what its
+libraries take from torch's allocator, once.
 
 ``fold_for`` gives what merges such tiles on a device; all implementations do what ``partial.fold`` does.
 """
@@ -43,6 +44,7 @@ class Kernel(Hashable, Protocol):
     score_bytes: int
     score_columns: int
     at_a_time: int
+    workspace_bytes: int
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """Return the dtype in which tiles must stand on the device."""

@@ -17,6 +17,7 @@ class PlainKernel:
     score_bytes = 12
     score_columns = 2_048
     at_a_time = 1
+    workspace_bytes = 64 << 20  # cuBLAS: 32 MiB on Hopper; and what tensors of its formula are rounded up by
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         self.dtype = dtype

@@ -22,6 +22,7 @@ class TorchCpuKernel:
     tile = Tile(16_384, 16_384, 1_024)
     score_bytes = score_columns = 0
     at_a_time = 1
+    workspace_bytes = 0
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         return torch.float64 if stored == torch.float64 else torch.float32

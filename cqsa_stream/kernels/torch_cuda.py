@@ -26,6 +26,7 @@ class TorchCudaKernel:
     tile = Tile(65_536, 65_536, 65_536)
     score_bytes = score_columns = 0
     at_a_time = 2
+    workspace_bytes = 0
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         return torch.float16 if stored.itemsize == 1 else stored
