@@ -17,13 +17,16 @@ from cqsa_stream.admission import Target
 from cqsa_stream.allocator import returning_freed_memory
 from cqsa_stream.api import open_inputs
 from cqsa_stream.calibration import Calibration, trying
+from cqsa_stream.calls import Calls
 from cqsa_stream.events import Ended, Event
 from cqsa_stream.execute import run_in_memory, run_on_disk
 from cqsa_stream.generate import generate
-from cqsa_stream.kernels import fold_for, kernel_for
+from cqsa_stream.kernels import Kernel, fold_for, kernel_for
+from cqsa_stream.kernels.torch_cuda import TorchCudaKernel, cudnn_runs
+from cqsa_stream.partial import Partial
 from cqsa_stream.planning import Options, plan_run
 from cqsa_stream.problem import Problem
-from cqsa_stream.schedulers.masks import TileMask
+from cqsa_stream.schedulers.masks import Call
 from cqsa_stream.schedulers.rates import Speeds, TileTimes
 from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray, open_array
@@ -36,7 +39,7 @@ _HEAD_DIMS = (64, 128)
 _SIZES = {
     "cpu": (128, 1_024, 4_096, 16_384),
     "cuda": (256, 2_048, 16_384, 65_536),
-    "plain": (128, 512, 2_048),
+    "plain": (128, 1_024, 8_192),
 }
 _LEAF, _LEAVES = 1_024, 8
 _ROUNDS, _LEAST_S = 7, 0.004
@@ -45,6 +48,7 @@ _FILES = 32
 _RUN: dict[str, Any] = {"tokens": 4_096, "heads": 8, "head_dim": 64, "dtype": "float32"}
 _RUNS = 5
 _NOTHING = 1e-9
+_IN_A_ROW = 4
 
 
 @returning_freed_memory()
@@ -56,7 +60,7 @@ def measure(device: torch.device, folder: Path) -> Calibration:
     tiles: dict[str, dict[int, TileTimes]] = {}
     for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        tiles[name] = {dim: _tile_times(device, dtype, dim) for dim in _HEAD_DIMS}
+        tiles[name] = {dim: _fastest_times(device, dtype, dim) for dim in _HEAD_DIMS}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".cqsa-bench-") as temporary:
         speeds = Speeds(
             stage_bytes_per_s=_staging(device),
@@ -74,13 +78,14 @@ def measure(device: torch.device, folder: Path) -> Calibration:
 
 
 def _seconds(action: Callable[[], object], device: torch.device, at_least_s: float) -> float:
-    """Return the mean seconds of an action, done as often as that takes so long."""
-    times, start = 0, time.perf_counter()
+    """Return the mean seconds of an action, done as often as that takes so long; on a device several in a row."""
+    times, start, in_a_row = 0, time.perf_counter(), 1 if device.type == "cpu" else _IN_A_ROW
     while True:
-        action()
+        for _ in range(in_a_row):
+            action()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times, passed = times + 1, time.perf_counter() - start
+        times, passed = times + in_a_row, time.perf_counter() - start
         if passed >= at_least_s:
             return passed / times
 
@@ -88,37 +93,45 @@ def _seconds(action: Callable[[], object], device: torch.device, at_least_s: flo
 class _Calls:
     """Kernel calls and their merges, as the engine makes them."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, dim: int, most: int) -> None:
-        self._kernel, self._fold, self._dim = kernel_for(device, dtype), fold_for(device), dim
+    def __init__(self, device: torch.device, kernel: Kernel, dtype: torch.dtype, dim: int, most: int) -> None:
+        self._calls, self._dim = Calls(kernel, fold_for(device), dim**-0.5, device), dim
         self._q, self._k, self._v = (torch.randn(1, most, dim).to(device, dtype) for _ in range(3))
         self._out = torch.zeros(1, most, dim, device=device)
         self._lse = torch.full((1, most), -torch.inf, dtype=torch.float64, device=device)
 
     def __call__(self, rows: int, columns: int, tiles: int) -> None:
         """Attend rows to columns; without columns, causal tiles along the diagonal."""
-        mask: TileMask = "full" if columns else "causal"
-        queries = self._q[:, :rows].reshape(tiles, -1, self._dim)
-        keys, values = (x[:, : columns or rows].reshape(tiles, -1, self._dim) for x in (self._k, self._v))
-        tile, tile_lse = self._kernel.attend(queries, keys, values, mask, self._dim**-0.5)
-        self._fold(self._out[:, :rows], self._lse[:, :rows], tile.reshape(1, rows, -1), tile_lse.reshape(1, rows))
+        call = Call(range(rows), range(columns or rows), "full" if columns else "causal", tiles)
+        keys, values = (x[:, : columns or rows] for x in (self._k, self._v))
+        partial = Partial(self._out[:, :rows], self._lse[:, :rows])
+        self._calls.attend(partial, self._q[:, :rows], keys, values, call)
 
 
 @returning_freed_memory()
 def speed(device: torch.device, calibration: Calibration) -> float:
     """Return what a kernel call takes now, beside what it took when the machine was measured."""
     dtype, size = ("float32", 4_096) if device.type == "cpu" else ("bfloat16", 16_384)
-    calls = _Calls(device, getattr(torch, dtype), 64, size)
+    stored = getattr(torch, dtype)
+    calls = _Calls(device, kernel_for(device, stored), stored, 64, size)
     calls(size, size, 1)
     now = _seconds(lambda: calls(size, size, 1), device, 0.1)
     return now / calibration.tiles[dtype][64].tile_s(size, size)
 
 
-def _tile_times(device: torch.device, dtype: torch.dtype, dim: int) -> TileTimes:
+def _fastest_times(device: torch.device, dtype: torch.dtype, dim: int) -> TileTimes:
+    """Time the kernel's calls; where a vendor has several operators, all of them, and take the fastest of each size."""
+    if device.type == "cpu" or dtype == torch.float32:
+        return _tile_times(device, kernel_for(device, dtype), dtype, dim)
+    names = ("cudnn", "flash") if cudnn_runs(device, dtype) else ("flash",)
+    return TileTimes.fastest({name: _tile_times(device, TorchCudaKernel(name), dtype, dim) for name in names})
+
+
+def _tile_times(device: torch.device, kernel: Kernel, dtype: torch.dtype, dim: int) -> TileTimes:
     """Time calls of all sizes in turns: on a machine whose speed changes, no size gets all the slow moments."""
     sizes = _SIZES["plain" if device.type == "cuda" and dtype == torch.float32 else device.type]
     leaf = min(_LEAF, sizes[-1]) if device.type == "cpu" else sizes[-1]
     leaves = min(_LEAVES, sizes[-1] // leaf)
-    calls = _Calls(device, dtype, dim, sizes[-1])
+    calls = _Calls(device, kernel, dtype, dim, sizes[-1])
     one, many = (leaf, 0, 1), (leaf * leaves, 0, leaves)
     shapes = [(rows, columns, 1) for rows in sizes for columns in sizes] + [one, many]
     found: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in shapes}

@@ -22,7 +22,7 @@ from cqsa_stream.storage.atomic import make_directory, replace_file
 
 __all__ = ["Calibration", "load", "path_for", "trying"]
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,16 @@ class Calibration:
     tiles: dict[str, dict[int, TileTimes]]
     speeds: Speeds
 
+    def nearest(self, dtype: str, dim: int) -> int | None:
+        """Return the head dim that was measured and is nearest; None for another dtype."""
+        return min(self.tiles.get(dtype, ()), key=lambda known: abs(math.log(known / dim)), default=None)
+
     def rates(self, dtype: str, head_dim: int, value_dim: int) -> Rates | None:
         """Return the rates for a compute dtype and head dims, from the nearest measured; None for another dtype."""
-        if dtype not in self.tiles:
+        nearest = self.nearest(dtype, max(head_dim, value_dim))
+        if nearest is None:
             return None
         measured = self.tiles[dtype]
-        nearest = min(measured, key=lambda dim: abs(math.log(dim / max(head_dim, value_dim))))
         return Rates(measured[nearest].scaled((head_dim + value_dim) / (2 * nearest)), self.speeds)
 
     def __str__(self) -> str:
@@ -49,6 +53,10 @@ class Calibration:
                 for rows, seconds in zip(times.rows, times.seconds, strict=True):
                     rates = (4 * dim * rows * c / s / 1e9 for c, s in zip(times.columns, seconds, strict=True))
                     lines.append(f"{rows:>8,}" + "".join(f"{rate:>9,.0f}" for rate in rates))
+                if times.operators:
+                    lines.append("        the fastest operator of each:")
+                    for rows, names in zip(times.rows, times.operators, strict=True):
+                        lines.append(f"{rows:>8,}" + "".join(f"{name:>9}" for name in names))
         speeds = self.speeds
         lines.append(
             f"disk: {speeds.read_bytes_per_s / 1e9:.2f} GB/s read, {speeds.write_bytes_per_s / 1e9:.2f} GB/s written, "
@@ -141,7 +149,13 @@ def _tile_times(fields: dict[str, Any]) -> TileTimes:
     threads = fields["threads"]
     if type(threads) is not int or not 0 <= threads < 2**16:
         raise ValueError(f"threads {threads!r}")
-    return TileTimes(rows, columns, seconds, _positive(fields["causal"]), _positive(fields["stacked"]), threads)
+    operators = tuple(tuple(names) for names in fields["operators"])
+    if operators and [len(names) for names in operators] != [len(columns)] * len(rows):
+        raise ValueError("operators that do not belong to the sizes")
+    if not {name for names in operators for name in names} <= {"cudnn", "flash"}:
+        raise ValueError(f"operators {operators}; expected cudnn or flash")
+    causal, stacked = _positive(fields["causal"]), _positive(fields["stacked"])
+    return TileTimes(rows, columns, seconds, causal, stacked, threads, operators)
 
 
 def _positive(value: Any) -> float:

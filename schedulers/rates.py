@@ -15,6 +15,7 @@ class TileTimes:
 
     ``causal``, ``stacked``: the seconds of a causal tile, alone and of several in one call, over those of a full one.
     ``threads`` share the rows of a call in blocks, so that some wait for others; 0: on a device of its own.
+    ``operators[i][j]``: by which of several operators, the fastest there; empty where there is but one.
     """
 
     rows: tuple[int, ...]
@@ -23,6 +24,28 @@ class TileTimes:
     causal: float
     stacked: float
     threads: int = 0
+    operators: tuple[tuple[str, ...], ...] = ()
+
+    @classmethod
+    def fastest(cls, measured: "dict[str, TileTimes]") -> "TileTimes":
+        """Return, for each size of call, the time of the fastest of several operators, timed at the same sizes."""
+        first = next(iter(measured.values()))
+        places = [[(i, j) for j in range(len(first.columns))] for i in range(len(first.rows))]
+        names = tuple(
+            tuple(min(measured, key=lambda name: measured[name].seconds[i][j]) for i, j in row) for row in places
+        )
+        seconds = tuple(tuple(measured[names[i][j]].seconds[i][j] for i, j in row) for row in places)
+        return replace(measured[names[-1][-1]], seconds=seconds, operators=names)
+
+    def operator(self, rows: int, columns: int) -> str | None:
+        """Return the fastest operator for the nearest measured size of call; None where there is but one."""
+        if not self.operators:
+            return None
+        i, j = (
+            min(range(len(sizes)), key=lambda n: abs(log(size / sizes[n])))
+            for sizes, size in ((self.rows, rows), (self.columns, columns))
+        )
+        return self.operators[i][j]
 
     @classmethod
     def nominal(cls, flops_per_s: float, width: int, call_s: float) -> "TileTimes":

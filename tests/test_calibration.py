@@ -129,3 +129,24 @@ def test_free_memory_is_no_more_than_the_control_groups(monkeypatch: pytest.Monk
     assert free > 0
     monkeypatch.setattr(machine, "_control_group", lambda: iter([(1000, 900, 50), (10**15, 0, 0)]))
     assert machine.free_host_bytes() == 1000 - 900 + 50
+
+
+def test_the_fastest_operator_of_each_size_is_kept(cache: Path) -> None:
+    slow = dataclasses.replace(TIMES, seconds=((5e-5, 6e-4), (7e-4, 3e-3)), causal=0.9)
+    both = TileTimes.fastest({"cudnn": TIMES, "flash": slow})
+    assert both.seconds == ((5e-5, 5e-4), (6e-4, 3e-3))
+    assert both.operators == (("flash", "cudnn"), ("cudnn", "flash"))
+    assert both.causal == 0.9, "that of the operator which is the fastest for the largest calls"
+    assert [both.operator(100, 200), both.operator(300, 900), both.operator(10**6, 10**6)] == [
+        "flash",
+        "cudnn",
+        "flash",
+    ]
+    assert TIMES.operator(100, 100) is None
+    found = dataclasses.replace(FOUND, tiles={"float32": {64: both}})
+    found.save(CPU)
+    assert load(CPU) == found
+    assert str(found).splitlines()[-5].split() == ["128", "flash", "cudnn"]
+    broken = found.to_json().replace(b'"flash"', b'"magic"')
+    with pytest.raises(ValueError, match="cudnn or flash"):
+        Calibration.from_json(broken)

@@ -144,3 +144,11 @@ def test_any_scale_under_a_causal_mask(scale: float) -> None:
     expected, _ = dense(q, k, v, causal=True, scale=scale)
     out = cqsa.attention(q, k, v, is_causal=True, scale=scale, device="cpu")
     torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_a_kernel_that_is_not_there_is_refused() -> None:
+    q, k, v = inputs("normal", torch.float32, 1, 1, 100, 16)
+    with pytest.raises(cqsa.InputError, match="take --device cuda"):
+        cqsa.attention(q, k, v, device="cpu", kernel="cupy")
+    with pytest.raises(cqsa.InputError, match="expected one of auto, cupy"):
+        cqsa.attention(q, k, v, device="cpu", kernel="triton")

@@ -92,3 +92,50 @@ def test_a_run_moves_between_devices(tmp_path: Path) -> None:
         cqsa.attention(q, k, v, out=tmp_path / "out", device="cpu", chunks=31, max_seconds=0.5)
     cqsa.attention(q, k, v, out=tmp_path / "out", device="cuda")
     assert cqsa.open_run(tmp_path / "out.run").verify().ok
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_cupy_kernel_is_at_least_as_exact_as_the_vendors(dtype: torch.dtype, causal: bool) -> None:
+    """An independent implementation: no tile is rounded to 16 bits, no product is tf32."""
+    pytest.importorskip("cupy")
+    for kind in ("normal", "peaked", "sink", "early keys unseen"):
+        q, k, v = inputs(kind, dtype, 4, 2, 9000, 64)
+        expected, expected_lse = dense(q, k, v, causal=causal)
+        in_core = scaled_dot_product_attention(q.cuda(), k.cuda(), v.cuda(), is_causal=causal, enable_gqa=True).cpu()
+        out, lse = cqsa.attention(
+            q, k, v, is_causal=causal, enable_gqa=True, device="cuda", chunks=7, kernel="cupy", return_lse=True
+        )
+        allowed = 2e-6 if dtype == torch.float32 else 0.0
+        assert error(out, expected) <= max(allowed, error(in_core, expected)), kind
+        assert (lse.double() - expected_lse).abs().max() <= 1e-5 * max(1.0, float(expected_lse.abs().max())), kind
+
+
+def test_partials_park_in_host_memory_while_others_compute(tmp_path: Path) -> None:
+    q, k, v = generate(tmp_path / "d", tokens=200_000, heads=2, head_dim=128, dtype="bfloat16")
+    options: dict[str, Any] = {"is_causal": True, "device": "cuda", "schedule": "cqs", "chunks": 31}
+    options |= {"device_memory": "120MiB", "host_memory": "4GiB"}
+    plan = cqsa.plan(q, k, v, out=tmp_path / "out", **options)
+    assert plan.fits
+    assert plan.layout.parked_rows > 0
+    first = cqsa.attention(q, k, v, out=tmp_path / "out", **options).read().result()
+    run = cqsa.open_run(tmp_path / "out.run")
+    assert run.verify(rows=64).ok
+    assert run.status()["device_peak_bytes"] <= plan.footprint.device_bytes <= 120 * MIB
+    again = cqsa.attention(q, k, v, out=tmp_path / "again", **options).read().result()
+    np.testing.assert_array_equal(first.view(np.uint16), again.view(np.uint16))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "cupy"])
+@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+def test_memory_as_the_driver_sees_it(schedule: str, kernel: str, tmp_path: Path) -> None:
+    """What the process holds on the device is the budget and what is reserved for context and libraries, at most."""
+    if kernel == "cupy":
+        pytest.importorskip("cupy")
+    q, k, v = generate(tmp_path / "d", tokens=100_000, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16")
+    options: dict[str, Any] = {"enable_gqa": True, "device": "cuda", "schedule": schedule, "device_memory": "256MiB"}
+    cqsa.attention(q, k, v, out=tmp_path / "out", kernel=kernel, host_memory="4GiB", **options)
+    status = cqsa.open_run(tmp_path / "out.run").status()
+    assert 0 < status["device_peak_bytes"] <= status["device_projected_bytes"] <= 256 * MIB
+    if status["device_driver_peak_bytes"]:
+        assert status["device_driver_peak_bytes"] <= 256 * MIB + status["device_reserved_bytes"]

@@ -1,8 +1,9 @@
 """The vendor's attention on CUDA, by the aten operators that return the log-sum-exp; for float16 and bfloat16, and for
 float8 arrays upcast to float16, which holds each of their numbers.
 
-cuDNN's where it runs (it is faster on Hopper), else flash attention. Both want head dims that are equal and multiples
-of 8: others are padded with zeros, which changes no score. (The memory-efficient operator is never used: its
+Of cuDNN's and flash attention that which ``cqsa bench`` found faster for a call's size; where nothing was measured,
+cuDNN's (it is faster on Hopper for almost all sizes), if it runs on the device. Both want head dims that are equal and
+multiples of 8: others are padded with zeros, which changes no score. (The memory-efficient operator is never used: its
 log-sum-exp and long sequences are wrong, pytorch#162588.)
 """
 
@@ -13,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cqsa_stream.calibration import load
 from cqsa_stream.schedulers.masks import TileMask
 from cqsa_stream.schedulers.memory import Tile
 
-__all__ = ["TorchCudaKernel"]
+__all__ = ["OPERATORS", "TorchCudaKernel", "cudnn_runs"]
 
 
 class TorchCudaKernel:
@@ -27,6 +29,10 @@ class TorchCudaKernel:
     score_bytes = score_columns = 0
     at_a_time = 2
     workspace_bytes = 0
+
+    def __init__(self, operator: str | None = None) -> None:
+        """``operator``: "cudnn" or "flash", where it is not to be chosen by the size of a call."""
+        self._operator = operator
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         return torch.float16 if stored.itemsize == 1 else stored
@@ -45,8 +51,8 @@ class TorchCudaKernel:
         value_dim = v.shape[2]
         width = -(-max(q.shape[2], value_dim) // 8) * 8
         q, k, v = (x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in (q, k, v))
-        operator = _cudnn if _cudnn_runs(q.device, q.dtype) else _flash
-        out, lse = operator(q[None], k[None], v[None], mask == "causal", scale)
+        name = self._operator or _chosen(q.device, q.dtype, width, q.shape[0] * q.shape[1], k.shape[1])
+        out, lse = OPERATORS[name](q[None], k[None], v[None], mask == "causal", scale)
         return out[0, :, :, :value_dim], lse[0, :, : q.shape[1]]
 
 
@@ -61,8 +67,22 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
     return out, lse
 
 
+OPERATORS = {"cudnn": _cudnn, "flash": _flash}
+
+
 @cache
-def _cudnn_runs(device: torch.device, dtype: torch.dtype) -> bool:
+def _chosen(device: torch.device, dtype: torch.dtype, dim: int, rows: int, columns: int) -> str:
+    """Return the faster operator for a call of so many rows, of all heads, and columns."""
+    if not cudnn_runs(device, dtype):
+        return "flash"
+    name, calibration = str(dtype).removeprefix("torch."), load(device)
+    nearest = calibration.nearest(name, dim) if calibration else None
+    known = calibration.tiles[name][nearest].operator(rows, columns) if calibration and nearest else None
+    return known or "cudnn"
+
+
+@cache
+def cudnn_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether cuDNN attends on this device at all: older ones are refused when it is called."""
     tiny = torch.zeros(1, 1, 64, 64, device=device, dtype=dtype)
     try:
