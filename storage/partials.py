@@ -143,6 +143,8 @@ class PartialStore:
 
     def load_into(self, lane: int, row: int, lse: np.ndarray, out: np.ndarray) -> int:
         """Fill lse and out with the stored partial and return its cover; 0, where there is none or it is damaged."""
+        if not self._path(lane, row).exists():  # an error would keep what its traceback refers to
+            return 0
         try:
             header, cover = self._read(lane, row, (_bytes_of(lse), _bytes_of(out)))
         except FileNotFoundError:
