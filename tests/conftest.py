@@ -46,3 +46,9 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
 def environment() -> dict[str, str]:
     """The environment of a subprocess that finds the package whether or not it is installed."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(autouse=True)
+def cold_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that a test has just written are read as those are that the page cache does not hold."""
+    monkeypatch.setattr("cqsa_stream.storage.ranges.all_cached", lambda *_: False)

@@ -12,6 +12,11 @@ from cqsa_stream.storage.cached import all_cached, through_cache
 SIZE = 12 << 20  # an array that is not read through the cache in any case
 
 
+@pytest.fixture(autouse=True)
+def cold_files() -> None:
+    """Here the page cache counts."""
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "x.npy"
