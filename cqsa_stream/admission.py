@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -93,14 +92,11 @@ def check_inputs(arrays: dict[str, TokenArray]) -> None:
 
 
 def fingerprints(arrays: dict[str, TokenArray]) -> dict[str, str]:
-    """Return the fingerprint of each array; all are read at the same time."""
-
-    def of(name: str) -> str:
+    found = {}
+    for name, array in arrays.items():
         with _naming(name):
-            return fingerprint(arrays[name])
-
-    with ThreadPoolExecutor(len(arrays), "cqsa-fingerprint") as pool:
-        return dict(zip(arrays, pool.map(of, arrays), strict=True))
+            found[name] = fingerprint(array)
+    return found
 
 
 @contextmanager
