@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_HOST_RESERVED_BYTES = {"cpu": 18 << 20, "cuda": 1 << 30}  # libraries' own: code pages, stacks, handles; measured
+_HOST_RESERVED_BYTES = {"cpu": 20 << 20, "cuda": 1 << 30}  # libraries' own: code pages, stacks, handles; measured
 _THREAD_BYTES = 1 << 20  # a kernel's scratch for each compute thread
 FREE_SHARE = 0.8
 
