@@ -89,7 +89,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def options(schedule: str, *more: object) -> tuple[object, ...]:
     """Return the options of a small run that has many steps and checkpoints."""
-    budget = "24MiB" if schedule == "cqs" else "23MiB"
+    budget = "26MiB" if schedule == "cqs" else "25MiB"
     fixed = ("--causal", "--device", "cpu", "--chunks", 21, "--schedule", schedule, "--host-memory", budget)
     return (*fixed, "--checkpoint-every", INTERVAL_S, *more)
 
