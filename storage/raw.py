@@ -28,7 +28,7 @@ from cqsa_stream.storage.ranges import (
     read_pieces,
 )
 
-__all__ = ["CACHED_BYTES", "CURES", "RawArray", "UnitFiles", "WholeFiles", "split"]
+__all__ = ["CACHED_BYTES", "CURES", "RawArray", "UnitFiles", "WholeFiles", "lazy_product", "split"]
 
 CACHED_BYTES = 8 << 20  # arrays up to this size are read through the page cache: they cannot fill it
 _LEAST_PIECE_BYTES = 1 << 20
@@ -159,7 +159,7 @@ class RawArray:
         self.bytes_read += fetched  # nothing is called in between: no other thread's figure is lost
 
     def check(self) -> None:
-        cells = product(*(range(-(-n // m)) for n, m in zip(self.shape, self.files.unit, strict=True)))
+        cells = lazy_product([range(-(-n // m)) for n, m in zip(self.shape, self.files.unit, strict=True)])
         self.files.check(cells)
 
     @property
@@ -207,3 +207,13 @@ def split(tokens: range, length: int) -> Iterator[range]:
         stop = min(tokens.stop, (start // length + 1) * length)
         yield range(start, stop)
         start = stop
+
+
+def lazy_product(axes: list[range]) -> Iterator[tuple[int, ...]]:
+    """Yield the places of a grid in order, listing none: metadata may claim more of them than memory holds."""
+    if not axes:
+        yield ()
+        return
+    for first in axes[0]:
+        for rest in lazy_product(axes[1:]):
+            yield first, *rest

@@ -14,7 +14,7 @@ import numpy as np
 import tensorstore as ts
 
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.raw import CURES
+from cqsa_stream.storage.raw import CURES, lazy_product
 from cqsa_stream.storage.retrying import retrying
 
 __all__ = ["TensorStoreArray", "clean_message", "context", "system_error"]
@@ -146,10 +146,15 @@ class TensorStoreArray:
         """Look whether every chunk is stored, without reading any, where the store can list what it has."""
         if self._fill_missing or self._stored(self.store) is not False:
             return
-        axes = zip(self.shape, self.stored_chunk, self._origin, strict=True)
-        for cell in product(*(_pieces(range(n), m, origin) for n, m, origin in axes)):
-            if self._stored(self.store[tuple(slice(part.start, part.stop) for part in cell)]) is False:
-                where = ", ".join(f"{part.start}:{part.stop}" for part in cell)
+        starts = [
+            range(-(-origin % m), n, m)
+            for n, m, origin in zip(self.shape, self.stored_chunk, self._origin, strict=True)
+        ]
+        for cell in lazy_product(starts):
+            begin = [max(start, 0) for start in cell]
+            end = [min(start + m, n) for start, m, n in zip(cell, self.stored_chunk, self.shape, strict=True)]
+            if self._stored(self.store[tuple(map(slice, begin, end))]) is False:
+                where = ", ".join(f"{first}:{stop}" for first, stop in zip(begin, end, strict=True))
                 raise ArrayError(f"{self.source}: the stored chunk of [{where}] is missing; {CURES}")
 
     def _stored(self, store: ts.TensorStore) -> bool | None:
@@ -190,7 +195,7 @@ def _whole_chunk(store: ts.TensorStore) -> int:
     return math.prod(shape) if plain and isinstance(shape, list) else 0
 
 
-def _pieces(span: range, length: int, origin: int = 0) -> list[range]:
+def _pieces(span: range, length: int, origin: int) -> list[range]:
     """Cut a range where chunks begin: at multiples of a length from the origin on."""
     cuts = range(((span.start - origin) // length + 1) * length + origin, span.stop, length)
     return [range(a, b) for a, b in pairwise([span.start, *cuts, span.stop])]

@@ -523,6 +523,8 @@ def test_a_missing_chunk_of_any_tensorstore_is_refused(tmp_path: Path) -> None:
     for broken in (store, on_disk, ts.cast(on_disk, ts.float64)):
         with pytest.raises(ArrayError, match=r"missing"):
             open_array(broken).check()
+    with pytest.raises(ArrayError, match=r"chunk of \[0:1, 0:1, 43:53, 0:8\] is missing"):
+        open_array(store[:, :, 47:]).check()
     store[:, :, 90:] = numbers("float32")[:, :, 90:]
     open_array(store).check()
     assert read(open_array(store), 0, range(3), range(100)).tobytes() == numbers("float32")[0].tobytes()

@@ -193,6 +193,19 @@ def test_hostile_zarr_metadata(data: st.DataObject, codec: str, stopped: Path) -
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("codec", ["none", "crc32c", "zstd"])
+def test_zarr_metadata_that_claims_more_chunks_than_can_be_listed(codec: str, axis: int, tmp_path: Path) -> None:
+    write(create_array(tmp_path / "a", SHAPE, "float32", (1, 1, 100, 16), codec), np.ones(SHAPE, np.float32))
+    fields = json.loads((tmp_path / "a/zarr.json").read_bytes())
+    fields["shape"][axis] = 1 << 40
+    (tmp_path / "a/zarr.json").write_text(json.dumps(fields))
+    host = HostPeak()
+    with pytest.raises(cqsa.ArrayError, match="missing"):
+        open_array(tmp_path / "a").check()
+    assert host.bytes() < 8 << 20
+
+
 def test_links_out_of_a_run_directory_are_refused(stopped: Path, tmp_path: Path) -> None:
     for name in ("partials", "lse.zarr", "events.jsonl", "run.json"):
         folder = forge(stopped, (stopped / "out.run/run.json").read_bytes())
