@@ -70,8 +70,9 @@ class Manifest:
         for axis, tokens in ((self.rows, self.problem.queries), (self.columns, self.problem.keys)):
             if not all(type(n) is int for n in (axis.tokens, axis.chunk_tokens, axis.chunks)):
                 raise ValueError(f"a grid {axis}; expected whole numbers")
-            fits = axis.tokens == tokens and axis.chunk_tokens > 0 and axis.chunk_tokens * axis.chunks >= tokens
-            if not fits or not 0 < axis.chunks <= MOST_CHUNKS:
+            longest = tokens + tokens // 16  # as ``Axis.cut`` rounds
+            fits = 0 < axis.chunk_tokens <= longest and axis.chunk_tokens * axis.chunks >= tokens
+            if axis.tokens != tokens or not fits or not 0 < axis.chunks <= MOST_CHUNKS:
                 raise ValueError(f"a grid {axis} for {tokens} tokens")
         if type(self.out_tokens) is not int or not 0 < self.out_tokens <= self.rows.chunk_tokens:
             raise ValueError(f"output chunks of {self.out_tokens!r} tokens, in row chunks of {self.rows.chunk_tokens}")

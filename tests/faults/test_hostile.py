@@ -140,6 +140,15 @@ def test_manifests_of_any_bytes(data: bytes) -> None:
         Manifest.from_json(data)
 
 
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_a_manifest_with_chunks_longer_than_its_tokens(axis: str, stopped: Path) -> None:
+    fields = json.loads((stopped / "out.run/run.json").read_bytes())
+    fields[axis]["chunk_tokens"] = 1 << 31
+    folder = forge(stopped, signed(fields))
+    with pytest.raises(cqsa.InputError, match="a grid"):
+        cqsa.open_run(folder / "out.run")
+
+
 def test_a_manifest_nested_without_end(stopped: Path) -> None:
     folder = forge(stopped, b"[" * 500_000)
     with pytest.raises(cqsa.InputError, match="unreadable"):
