@@ -14,6 +14,8 @@ from torch import Tensor
 
 __all__ = ["Partial", "fold", "merge"]
 
+_NUMBERS_AT_A_TIME = 1 << 22  # of a merge in steps, which holds a few times as many beside them
+
 
 @dataclass
 class Partial:
@@ -38,12 +40,42 @@ def fold(
     tile_out: Float[Tensor, "heads q dv"],
     tile_lse: Float[Tensor, "heads q"],
 ) -> None:
-    """Merge a kernel's tile into the accumulator ``out`` (no narrower than the tile), ``lse`` (float64), in place."""
-    tile_lse = tile_lse.double()
-    total = torch.logaddexp(lse, tile_lse)
-    weight = torch.exp(tile_lse - total).nan_to_num_(nan=0.0)  # -inf - -inf: neither side saw a key
-    out.lerp_(tile_out.to(out.dtype), weight.to(out.dtype).unsqueeze(-1))
+    """Merge a kernel's tile into the accumulator ``out`` (no narrower than the tile), ``lse`` (float64), in place.
+
+    A side that saw no key (``lse = -inf``), or none that counts beside the other's, changes nothing, whatever its
+    numbers are. Infinite numbers and numbers near the largest come out as in one sum over all keys; NaN stays NaN.
+    """
+    added_lse = tile_lse.double()
+    total = torch.logaddexp(lse, added_lse)
+    kept, weight = (_share(side, total).to(out.dtype).unsqueeze(-1) for side in (lse, added_lse))
+    if not out.is_cuda and _ordinary(out) and _ordinary(tile_out):  # on CUDA it would cost a wait to know
+        out.lerp_(tile_out.to(out.dtype), weight)
+    else:
+        step = max(1, _NUMBERS_AT_A_TIME // max(1, out.shape[0] * out.shape[2]))
+        for start in range(0, out.shape[1], step):
+            rows = slice(start, start + step)
+            _merge_any(out[:, rows], kept[:, rows], tile_out[:, rows], weight[:, rows])
     lse.copy_(total)
+
+
+def _merge_any(out: Tensor, kept: Tensor, added: Tensor, weight: Tensor) -> None:
+    """Merge numbers of any kind: ``a + w (b - a)`` is the most exact, but NaN where a or b is inf or ``b - a`` is."""
+    added = added.to(out.dtype)
+    merged = torch.lerp(out, added, weight)
+    terms = (torch.where(share == 0, 0.0, share * side) for share, side in ((kept, out), (weight, added)))
+    out.copy_(torch.where(merged.isfinite(), merged, sum(terms)))
+
+
+def _ordinary(values: Tensor) -> bool:
+    """Return whether no difference of these numbers can overflow, and none is inf or NaN."""
+    low, high = torch.aminmax(values)
+    most = torch.finfo(values.dtype).max / 4
+    return bool(-most < low) and bool(high < most)
+
+
+def _share(part: Tensor, total: Tensor) -> Tensor:
+    """Return the weight of one side of a merge, 0 where it saw no key: -inf - -inf would be NaN."""
+    return torch.where(part.isneginf(), 0.0, torch.exp(part - total))
 
 
 def merge(a: Partial, b: Partial) -> Partial:

@@ -62,3 +62,44 @@ def test_fold(dim: int, dtype: torch.dtype, name: str) -> None:
         for found, old in zip((found_out, found_lse), before, strict=True):
             assert torch.equal(found[:, :5], old[:, :5])
             assert torch.equal(found[:, 5 + rows :], old[:, 5 + rows :])
+
+
+INF, NAN = torch.inf, torch.nan
+MOST = torch.finfo(torch.float32).max
+CASES = [  # held, its lse, added, its lse, merged, its lse
+    (0.0, -INF, INF, 0.0, INF, 0.0),
+    (0.0, -INF, -INF, 3.0, -INF, 3.0),
+    (INF, 0.0, 1.0, 0.0, INF, 0.6931471805599453),
+    (1.0, 0.0, INF, 0.0, INF, 0.6931471805599453),
+    (INF, 5.0, 1.0, -5.0, INF, 5.000045398899217),
+    (INF, 0.0, -INF, 0.0, NAN, 0.6931471805599453),
+    (MOST, 0.0, -MOST, 0.0, 0.0, 0.6931471805599453),
+    (-MOST, 0.0, MOST, 0.0, 0.0, 0.6931471805599453),
+    (MOST, 0.0, MOST, 0.0, MOST, 0.6931471805599453),
+    (NAN, 0.0, 1.0, 0.0, NAN, 0.6931471805599453),
+    (2.0, 1.0, NAN, -INF, 2.0, 1.0),
+    (2.0, 1.0, INF, -INF, 2.0, 1.0),
+    (0.0, -INF, NAN, -INF, 0.0, -INF),
+    (2.0, 0.0, INF, -2000.0, 2.0, 0.0),
+    (2.0, NAN, 1.0, 0.0, NAN, NAN),
+    (2.0, 0.0, 1.0, NAN, NAN, NAN),
+    (0.0, -INF, 1.0, NAN, NAN, NAN),
+    (NAN, INF, 1.0, 0.0, NAN, INF),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDS)
+@pytest.mark.parametrize("dim", [1, 8, 33])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_numbers_of_any_kind(case: tuple[float, ...], dim: int, name: str) -> None:
+    """Beside an ordinary row, which stays exact."""
+    run, device = implementation(name)
+    held, held_lse, added, added_lse, merged, merged_lse = case
+    out = torch.tensor([held, 1.0], device=device)[None, :, None].repeat(1, 1, dim)
+    lse = torch.tensor([[held_lse, 0.0]], device=device, dtype=torch.float64)
+    tile = torch.tensor([added, 3.0], device=device)[None, :, None].repeat(1, 1, dim)
+    run(out, lse, tile, torch.tensor([[added_lse, 0.0]], device=device))
+    torch.testing.assert_close(out[0, 0].cpu(), torch.full((dim,), merged), rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(out[0, 1].cpu(), torch.full((dim,), 2.0))
+    wanted = torch.tensor([merged_lse, 0.6931471805599453], dtype=torch.float64)
+    torch.testing.assert_close(lse[0].cpu(), wanted, rtol=1e-14, atol=1e-14, equal_nan=True)

@@ -38,9 +38,9 @@ __global__ void fold(float* out, double* lse, const typename Number::stored* til
     double* held = lse + head * lse_head + row;
     double before = *held, added = (double)tile_lse[head * tile_lse_head + row * tile_lse_row];
     if (isinf(added) && added < 0) return;                       // the tile saw no key of this row
-    double high = fmax(before, added), low = fmin(before, added);
-    double total = high + log1p(exp(low - high));
-    float weight = (float)exp(added - total);
+    double high = before < added ? added : before, low = before < added ? before : added;   // not fmax: it hides NaN
+    double total = high + (high == low ? log(2.0) : log1p(exp(low - high)));
+    float weight = (float)exp(added - total), kept = isinf(before) && before < 0 ? 0.0f : (float)exp(before - total);
     __syncwarp();
     if (lane == 0) *held = total;
     float* mine = out + head * out_head + row * out_row;
@@ -51,9 +51,11 @@ __global__ void fold(float* out, double* lse, const typename Number::stored* til
         for (int j = 0; j < together; j++) { a[j] = mine[i + j]; b[j] = its[i + j]; }
         #pragma unroll
         for (int j = 0; j < together; j++) {
-            float difference = Number::read(b[j]) - a[j];
-            a[j] = weight < 0.5f ? a[j] + weight * difference : Number::read(b[j]) - difference * (1.0f - weight);
-            mine[i + j] = a[j];
+            float its_own = Number::read(b[j]), difference = its_own - a[j];
+            float merged = weight < 0.5f ? a[j] + weight * difference : its_own - difference * (1.0f - weight);
+            if (!isfinite(merged))                               // one of them is not, or their difference overflows
+                merged = (kept == 0.0f ? 0.0f : kept * a[j]) + (weight == 0.0f ? 0.0f : weight * its_own);
+            mine[i + j] = merged;
         }
     }
 }

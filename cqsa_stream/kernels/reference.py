@@ -1,13 +1,13 @@
 """The formula, written out: in float64 the yardstick of tests, in float32 the GPU's exact path."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cqsa_stream.schedulers.masks import TileMask
 from cqsa_stream.schedulers.memory import Tile
 
-__all__ = ["PlainKernel"]
+__all__ = ["PlainKernel", "formula"]
 
 
 class PlainKernel:
@@ -34,18 +34,42 @@ class PlainKernel:
         mask: TileMask,
         scale: float,
     ) -> tuple[Float[Tensor, "heads q dv"], Float[Tensor, "heads q"]]:
-        q, k, v = q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
-        if k.shape[1] == 0:
-            return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf)
-        grouped = q.reshape(k.shape[0], -1, q.shape[2])  # the rows of all query heads of one K/V head
-        scores = (grouped * scale) @ k.transpose(1, 2)
+        unseen = None
         if mask == "causal":
-            rows = torch.arange(q.shape[1], device=q.device).repeat(q.shape[0] // k.shape[0])
-            unseen = rows[:, None] < torch.arange(k.shape[1], device=q.device)
-            scores.masked_fill_(unseen, -torch.inf)
-        highest = scores.amax(2, keepdim=True).clamp_min(torch.finfo(self.dtype).min)  # finite where no key is seen
-        weights = scores.sub_(highest).exp_()
-        total = weights.sum(2, keepdim=True)
-        out = (weights @ v) / total.clamp_min(1.0)  # the largest term is 1, but where no key is seen
-        lse = highest.double() + total.double().log()  # float64: float32 would round large scores before they merge
-        return out.reshape(q.shape[0], q.shape[1], -1), lse.reshape(q.shape[:2])
+            unseen = torch.arange(q.shape[1], device=q.device)[:, None] < torch.arange(k.shape[1], device=q.device)
+        return formula(q.to(self.dtype), k.to(self.dtype), v.to(self.dtype), unseen, scale)
+
+
+def formula(
+    q: Float[Tensor, "heads q d"],
+    k: Float[Tensor, "kv_heads k d"],
+    v: Float[Tensor, "kv_heads k dv"],
+    unseen: Bool[Tensor, "q k"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "heads q dv"], Float[Tensor, "heads q"]]:
+    """Return (out, lse in float64) of one tile; ``unseen`` keys, and such of no weight, change nothing."""
+    if k.shape[1] == 0:
+        return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf, dtype=torch.float64)
+    grouped = q.reshape(k.shape[0], -1, q.shape[2])  # the rows of all query heads of one K/V head
+    scores = (grouped @ k.transpose(1, 2)).mul_(scale)
+    if unseen is not None:
+        scores.masked_fill_(unseen.repeat(q.shape[0] // k.shape[0], 1), -torch.inf)
+    highest = scores.amax(2, keepdim=True)
+    weights = scores.sub_(highest.masked_fill(highest.isneginf(), 0.0)).exp_()  # -inf - -inf where no key is seen
+    total = weights.sum(2, keepdim=True)
+    out = _weighted(weights, v) / total.masked_fill(total == 0, 1.0)
+    lse = highest.double() + total.double().log()  # float64: float32 would round large scores before they merge
+    return out.reshape(q.shape[0], q.shape[1], -1), lse.reshape(q.shape[:2])
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Return ``weights @ values``, in which a weight of 0 times inf or NaN is 0."""
+    finite = values.isfinite()
+    if finite.all():
+        return weights @ values
+    found = weights @ values.masked_fill(~finite, 0.0)
+    counts = (weights > 0).to(weights.dtype)
+    for number in (torch.inf, -torch.inf):
+        met = counts @ (values == number).to(weights.dtype) > 0
+        found = found + torch.where(met, number, 0.0).to(found.dtype)
+    return found.masked_fill_(counts @ values.isnan().to(weights.dtype) > 0, torch.nan)

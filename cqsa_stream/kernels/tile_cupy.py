@@ -48,7 +48,7 @@ extern "C" __global__ void online_softmax(float* scores, float* out, float* high
     for (int i = threadIdx.x; i < seen; i += blockDim.x) high = fmaxf(high, mine[i]);
     high = fmaxf(before, over_block(high, true, shared));
     for (int i = threadIdx.x; i < keys; i += blockDim.x) {
-        float weight = i < seen ? expf(mine[i] - high) : 0.0f;
+        float weight = i < seen && mine[i] != -INFINITY ? expf(mine[i] - high) : 0.0f;   // -inf - -inf would be NaN
         mine[i] = weight;
         sum += weight;
     }
@@ -99,7 +99,8 @@ class CupyKernel:
                     (*(x.data_ptr() for x in (weights, out, highest, total)), *map(np.int32, arguments)),
                 )  # fmt: skip
                 _product(weights, v[:, part], out, 1.0, 1.0)
-        out.div_(total.clamp_min(1.0).unsqueeze(2))  # the largest term is 1, but where no key is seen
+        none = total == 0
+        out.div_(total.masked_fill(none, 1.0).unsqueeze(2)).masked_fill_(none.unsqueeze(2), 0.0)
         return out, highest.double() + total.double().log()
 
 

@@ -9,10 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cqsa_stream.kernels.reference import formula
+from cqsa_stream.partial import fold
 from cqsa_stream.schedulers.masks import TileMask
 from cqsa_stream.schedulers.memory import Tile
 
 __all__ = ["TorchCpuKernel"]
+
+_ROWS, _KEYS = 256, 1_024  # of the formula at a time: their scores are written out
 
 
 class TorchCpuKernel:
@@ -42,4 +46,29 @@ class TorchCpuKernel:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[None], k[None], v[None], 0.0, mask == "causal", scale=scale
         )
-        return out[0, :, :, :value_dim], lse[0]
+        found = out[0, :, :, :value_dim], lse[0]
+        _mend(*found, q, k, v[:, :, :value_dim], mask, scale)
+        return found
+
+
+def _mend(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float) -> None:
+    """Compute those rows anew, by the formula, that the operator may have got wrong; of ordinary numbers there are none.
+
+    It gives lse 0 to a row all of whose scores are -inf, and so may a row have whose lse is 0; and it multiplies values
+    that are inf or NaN by the weight 0 of a key that the row does not see.
+    """
+    odd = (lse == 0) | ~out.sum(2).isfinite()
+    if not odd.any():
+        return
+    group = q.shape[0] // k.shape[0]
+    for head in range(q.shape[0]):
+        keys, values = (x[head // group, None] for x in (k, v))
+        for rows in odd[head].nonzero()[:, 0].split(_ROWS):
+            found = v.new_zeros(1, len(rows), v.shape[2])
+            found_lse = v.new_full((1, len(rows)), -torch.inf, dtype=torch.float64)
+            for first in range(0, k.shape[1], _KEYS):
+                part = slice(first, min(first + _KEYS, k.shape[1]))
+                unseen = rows[:, None] < torch.arange(part.start, part.stop) if mask == "causal" else None
+                tile = formula(q[head, None, rows], keys[:, part], values[:, part], unseen, scale)
+                fold(found, found_lse, *tile)
+            out[head, rows], lse[head, rows] = found[0], found_lse[0].to(lse.dtype)

@@ -53,7 +53,7 @@ class TorchCudaKernel:
         q, k, v = (x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in (q, k, v))
         name = self._operator or _chosen(q.device, q.dtype, width, q.shape[0] * q.shape[1], k.shape[1])
         out, lse = OPERATORS[name](q[None], k[None], v[None], mask == "causal", scale)
-        return out[0, :, :, :value_dim], lse[0, :, : q.shape[1]]
+        return _without_unseen(out[0, :, :, :value_dim], lse[0, :, : q.shape[1]])
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -65,6 +65,13 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse
+
+
+def _without_unseen(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Give (0, -inf) to rows all of whose scores are -inf: of these flash says +inf, as it does where out is NaN."""
+    wrong = out[..., 0].isnan()
+    lse = torch.where(lse.isposinf(), torch.where(wrong, torch.nan, -torch.inf), lse)
+    return out.masked_fill_(lse.isneginf().unsqueeze(-1), 0.0), lse
 
 
 OPERATORS = {"cudnn": _cudnn, "flash": _flash}
