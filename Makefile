@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+GPU_TESTS = $(sort $(shell grep -l 'mark\.gpu' tests/test_*.py) $(patsubst %,tests/test_%.py,exact partial resume stream_order))
 
 .PHONY: install demo test faults test-gpu lint types bench docs clean
 
@@ -21,8 +22,9 @@ test: $(READY)
 faults: $(READY)
 	$(BIN)/python -m pytest -q tests/faults
 
+# All that is marked gpu, and what drives the engine from end to end where no device is named; says what it skips.
 test-gpu:
-	$(PYTHON) -m pytest -q -m "not slow"
+	$(PYTHON) -m pytest -q -rs -m "not slow" $(GPU_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

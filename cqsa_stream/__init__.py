@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cqsa_stream.api import Run, attention, open_run, plan
+    from cqsa_stream.api import attention, plan
     from cqsa_stream.errors import (
         ArrayError,
         BudgetError,
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
         InputError,
         LockedError,
         MismatchError,
+        NoMemoryError,
+        RunInterrupted,
         RunStopped,
     )
+    from cqsa_stream.opened_run import Run, open_run
 
 __version__ = "0.1.0"
 
@@ -29,10 +32,12 @@ _HOMES = {
     "InputError": "errors",
     "LockedError": "errors",
     "MismatchError": "errors",
-    "Run": "api",
+    "NoMemoryError": "errors",
+    "Run": "opened_run",
+    "RunInterrupted": "errors",
     "RunStopped": "errors",
     "attention": "api",
-    "open_run": "api",
+    "open_run": "opened_run",
     "plan": "api",
 }
 
@@ -44,7 +49,9 @@ __all__ = [
     "InputError",
     "LockedError",
     "MismatchError",
+    "NoMemoryError",
     "Run",
+    "RunInterrupted",
     "RunStopped",
     "attention",
     "open_run",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cqsa_stream.errors import ArrayError, InputError, MismatchError
 from cqsa_stream.manifest import Manifest
+from cqsa_stream.places import local_path
 from cqsa_stream.planning import Options
 from cqsa_stream.problem import Problem
 from cqsa_stream.run import RunDirectory
@@ -32,13 +33,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Target:
-    """Where a durable run goes. ``lse`` None: into the run directory."""
+    """Where a durable run goes, and how its inputs are read. ``lse`` None: into the run directory."""
 
     out: Path
     run_dir: Path
     lse: Path | None = None
     fresh: bool = False
     fill_missing: bool = False
+    layout: str = "bhtd"
 
     def disk(self, begun: bool) -> Path | None:
         """Return a place on the disk that the run will fill; None where that is several, or is emptied before."""
@@ -49,22 +51,23 @@ class Target:
     @classmethod
     def of(
         cls,
-        out: str | Path,
-        run_dir: str | Path | None,
-        lse: str | Path | None = None,
+        out: str | os.PathLike[str],
+        run_dir: str | os.PathLike[str] | None,
+        lse: str | os.PathLike[str] | None = None,
         fresh: bool = False,
         fill_missing: bool = False,
+        layout: str = "bhtd",
     ) -> "Target":
         """The run directory is ``OUT.run`` beside the output where none is named."""
         path = _place(out)
         beside = path.with_name(path.name + ".run")
         directory = beside if run_dir is None else _place(run_dir)
-        return cls(path, directory, None if lse is None else _place(lse), fresh, fill_missing)
+        return cls(path, directory, None if lse is None else _place(lse), fresh, fill_missing, layout)
 
 
-def _place(path: str | Path) -> Path:
+def _place(path: str | os.PathLike[str]) -> Path:
     """Return an absolute path without links in the folders that lead to it. Raises InputError where it names none."""
-    whole = Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute keeps ".."
+    whole = Path(os.path.abspath(local_path(path)))  # noqa: PTH100 - Path.absolute keeps ".."
     if not whole.name:
         raise InputError(f"{path}: no name for a file; expected a path like out.zarr")
     return Path(os.path.realpath(whole.parent), whole.name)

@@ -18,7 +18,7 @@ import platformdirs
 import torch
 
 from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
-from cqsa_stream.storage.atomic import make_directory, replace_file
+from cqsa_stream.storage.atomic import make_directory, replace_file, sweep
 
 __all__ = ["Calibration", "load", "path_for", "trying"]
 
@@ -92,6 +92,7 @@ class Calibration:
         """Keep this for the plans to come; return where."""
         path = path_for(device)
         make_directory(path.parent)
+        sweep(path.parent)
         replace_file(path, [self.to_json()])
         _stored.cache_clear()
         return path

@@ -7,16 +7,19 @@ resumable; 4 over budget; 5 locked; 6 another problem or other inputs; 130 Ctrl-
 import errno
 import json
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+
+from cqsa_stream.errors import InputError, RunInterrupted, RunStopped
 
 if TYPE_CHECKING:
     from cqsa_stream.admission import Target
@@ -34,6 +37,7 @@ app = typer.Typer(
 )
 
 Causal = Annotated[bool, typer.Option("--causal", help="A query sees the keys up to its own position.")]
+Layout = Annotated[str, typer.Option(help="Axes of Q, K and V: bhtd, or bthd as in flash-attention (b batch, h head).")]
 Scale = Annotated[float | None, typer.Option(help="Factor of the scores; 1/sqrt(head dim) where not given.")]
 QStart = Annotated[int, typer.Option("--q-start", help="Position of the first query row.")]
 Queries = Annotated[str | None, typer.Option(metavar="A:B", help="Compute only the query rows A to B-1.")]
@@ -53,41 +57,86 @@ CheckpointEvery = Annotated[
     float | None, typer.Option("--checkpoint-every", metavar="SECONDS", help="60 if not given.")
 ]
 MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Stop, resumable, after so long.")]
-Lse = Annotated[Path | None, typer.Option(help="Where the log-sum-exp goes; into the run directory if not given.")]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="OUT.run if not given.")]
+Lse = Annotated[str | None, typer.Option(help="Where the log-sum-exp goes; into the run directory if not given.")]
+RunDir = Annotated[str | None, typer.Option("--run-dir", help="OUT.run if not given.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard the earlier run of OUT and its output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 
 def main() -> None:
     """Run the command line; every expected error becomes one line and its exit code."""
-    logging.basicConfig(format="cqsa: %(message)s")
+    _stand_in_for_what_is_closed()
+    logging.basicConfig(format="cqsa: %(message)s", stream=sys.stderr)
+    code = 0
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False) or 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = RunInterrupted.exit_code
     except Exception as error:
-        code = _exit_code(error)
-        if code is None:
+        expected = _exit_code(error)
+        if expected is None:
             raise
+        code = expected
         usage = getattr(error, "format_message", None)  # what the parser has to say
-        print(f"cqsa: {' '.join((usage() if usage else str(error) or type(error).__name__).split())}", file=sys.stderr)
-        sys.exit(code)
+        _say(" ".join((usage() if usage else str(error) or type(error).__name__).split()))
+    if not _flushed(sys.stdout) and code == 0:
+        _say("what was printed could not be written to stdout")
+        code = 1
+    _flushed(sys.stderr)
+    sys.exit(code)
 
 
 def _exit_code(error: Exception) -> int | None:
     """Return the exit code of an expected error, None for a defect."""
-    if type(error).__name__ == "Abort":
-        return 130
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return 3
-    code: int | None = getattr(error, "exit_code", None)
+    if isinstance(error, typer.Abort):
+        return RunInterrupted.exit_code
+    code: int | None = getattr(error, "exit_code", None)  # ours, and the parser's
     return 1 if code is None and isinstance(error, OSError | MemoryError) else code
+
+
+def _stand_in_for_what_is_closed() -> None:
+    """Let no file that is opened later take the number of a closed stdin, stdout or stderr, where others print."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+
+
+def _flushed(stream: TextIO | None) -> bool:
+    """Flush; where nobody can read it, send the rest nowhere, so that the process does not fail for it at its end."""
+    if stream is None:
+        return True
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return False
+    return True
+
+
+def _say(message: str) -> None:
+    """Tell the user, if there is one who reads it."""
+    with suppress(OSError):
+        print(f"cqsa: {message}", file=sys.stderr, flush=True)
+
+
+def _print(data: object) -> None:
+    """Print what a command is for. Raises OSError where it cannot be."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "stdout is closed; nothing could be printed")
+    print(data, flush=True)
 
 
 @app.command()
 def generate(
-    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    directory: Annotated[str, typer.Argument(metavar="DIR")],
     tokens: Annotated[int, typer.Option()],
     heads: Annotated[int, typer.Option()],
     head_dim: Annotated[int, typer.Option("--head-dim")],
@@ -102,13 +151,14 @@ def generate(
 ) -> None:
     """Write normally distributed q.zarr, k.zarr and v.zarr into DIR."""
     from cqsa_stream.generate import generate as make
+    from cqsa_stream.places import local_path
 
     paths = make(
-        directory, tokens=tokens, heads=heads, head_dim=head_dim, kv_heads=kv_heads, batch=batch, dtype=dtype,
-        seed=seed, chunk_tokens=chunk_tokens, codec=codec,
+        local_path(directory), tokens=tokens, heads=heads, head_dim=head_dim, kv_heads=kv_heads, batch=batch,
+        dtype=dtype, seed=seed, chunk_tokens=chunk_tokens, codec=codec,
     )  # fmt: skip
     for path in paths:
-        print(path)
+        _print(path)
 
 
 @app.command()
@@ -116,8 +166,9 @@ def plan(
     q: Annotated[str, typer.Argument(metavar="Q")],
     k: Annotated[str, typer.Argument(metavar="K")],
     v: Annotated[str, typer.Argument(metavar="V")],
-    out: Annotated[Path | None, typer.Argument(metavar="OUT")] = None,
+    out: Annotated[str | None, typer.Argument(metavar="OUT")] = None,
     causal: Causal = False,
+    layout: Layout = "bhtd",
     scale: Scale = None,
     q_start: QStart = 0,
     queries: Queries = None,
@@ -137,12 +188,14 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a new run would need and take, without running it. Exit code 4 where it does not fit."""
+    from cqsa_stream.admission import Target
     from cqsa_stream.planning import Options, plan_run, refuse_over_budget
 
-    arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype)
+    where = None if out is None else Target.of(out, run_dir, lse).out
     options = Options(device, device_memory, host_memory, schedule, chunks, checkpoint_every, max_seconds, kernel)
-    found, _ = plan_run(problem, arrays, options, durable=True, out=out)
-    print(json.dumps(found.to_dict()) if as_json else found)
+    arrays, problem = _problem(q, k, v, fill_missing, layout, causal, scale, q_start, queries, out_dtype)
+    found, _ = plan_run(problem, arrays, options, durable=True, out=where)
+    _print(json.dumps(found.to_dict()) if as_json else found)
     refuse_over_budget(found)
 
 
@@ -151,8 +204,9 @@ def run(
     q: Annotated[str, typer.Argument(metavar="Q")],
     k: Annotated[str, typer.Argument(metavar="K")],
     v: Annotated[str, typer.Argument(metavar="V")],
-    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    out: Annotated[str, typer.Argument(metavar="OUT")],
     causal: Causal = False,
+    layout: Layout = "bhtd",
     scale: Scale = None,
     q_start: QStart = 0,
     queries: Queries = None,
@@ -175,22 +229,23 @@ def run(
     """Compute OUT, a Zarr v3 array; the same command again resumes."""
     from cqsa_stream.stopping import Stopper
 
-    stop = Stopper((signal.SIGINT, signal.SIGTERM), max_seconds)
+    stop = Stopper((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), max_seconds, owns_process=True)
     with stop, _interruptible(out):  # from here on a signal is a request to stop at the first safe point
         from cqsa_stream.admission import Target
         from cqsa_stream.execute import run_on_disk
         from cqsa_stream.observers import terminal_observer
         from cqsa_stream.planning import Options
 
-        target = Target.of(out, run_dir, lse, fresh=fresh, fill_missing=fill_missing)
-        arrays, problem = _problem(q, k, v, fill_missing, causal, scale, q_start, queries, out_dtype, target)
+        target = Target.of(out, run_dir, lse, fresh=fresh, fill_missing=fill_missing, layout=layout)
         options = Options(
             device, device_memory, host_memory, schedule, chunks,
             checkpoint_every_s=checkpoint_every, max_seconds=max_seconds, kernel=kernel,
         )  # fmt: skip
+        arrays, problem = _problem(q, k, v, fill_missing, layout, causal, scale, q_start, queries, out_dtype, target)
         run_on_disk(problem, arrays, options, target, terminal_observer(as_json=as_json, quiet=quiet), stop)
+    _flushed(sys.stdout)  # events are news: the run is complete whether or not somebody reads them
     if not quiet:
-        print(f"cqsa: {out} is complete (run directory {target.run_dir})", file=sys.stderr)
+        _say(f"{out} is complete (run directory {target.run_dir})")
 
 
 @app.command()
@@ -205,56 +260,70 @@ def bench(
     chosen = choose_device(device or "auto")
     found = measure(chosen, Path.cwd())
     path = found.save(chosen)
-    print(found.to_json().decode().strip() if as_json else found)
-    print(f"cqsa: kept in {path}", file=sys.stderr)
+    _print(found.to_json().decode().strip() if as_json else found)
+    _say(f"kept in {path}")
 
 
 @app.command()
 def status(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR")],
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until the run is complete.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Again every second, until the run is complete or stops.")
+    ] = False,
 ) -> None:
     """Say where a run stands, by what is on disk."""
-    from cqsa_stream.api import open_run
+    from cqsa_stream.opened_run import open_run
 
     opened = open_run(run_dir)
-    while True:
-        found = opened.status()
-        print(json.dumps(found) if as_json else _described(found), flush=True)
-        if not watch or found["complete"]:
-            return
+    at_work = watch and opened.directory.at_work()
+    while at_work:
+        found = opened.status(durable=False)
+        _print(json.dumps(found) if as_json else _described(found))
         time.sleep(1)
+        at_work = opened.directory.at_work()
+    found = opened.status()
+    _print(json.dumps(found) if as_json else _described(found))
+    if watch and not found["complete"]:
+        _say("stopped; the same run command resumes it")
 
 
 @app.command()
 def verify(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR")],
     rows: Annotated[int, typer.Option(help="How many rows to compute anew.")] = 256,
     seed: Annotated[int, typer.Option()] = 0,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch inputs from the URLs in the run directory.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check what is finished: its checksums, and sampled rows against float64. Exit code 1 where that fails."""
-    from cqsa_stream.api import open_run
+    """Check what is finished: its checksums, and sampled rows against float64. Exit code 1 where that fails.
 
-    found = open_run(run_dir).verify(rows=rows, seed=seed)
-    print(json.dumps(asdict(found)) if as_json else _lines(asdict(found)))
+    The tolerance bounds the worst case of one row; errors are far below it as a rule.
+    """
+    from cqsa_stream.opened_run import open_run
+
+    found = open_run(run_dir).verify(rows=rows, seed=seed, fetch=fetch)
+    _print(json.dumps(asdict(found)) if as_json else _lines(asdict(found)))
+    if not found.complete:
+        _say("the run is incomplete: only its finished rows were checked")
+    if found.not_finite_rows:
+        _say(f"{found.not_finite_rows} of these rows are inf or NaN by their inputs, and so they should be")
     if not found.ok:
         damage = f"{found.damaged_rows} row chunks are not what was written: the same run command computes them again"
         wrong = "the output differs from the float64 reference beyond the tolerance"
-        print(f"cqsa: {damage if found.damaged_rows else wrong}", file=sys.stderr)
+        _say(damage if found.damaged_rows else wrong)
         sys.exit(1)
 
 
 def _problem(
-    q: str, k: str, v: str, fill_missing: bool, causal: bool, scale: float | None, q_start: int, queries: str | None,
-    out_dtype: str | None, target: "Target | None" = None,
+    q: str, k: str, v: str, fill_missing: bool, layout: str, causal: bool, scale: float | None, q_start: int,
+    queries: str | None, out_dtype: str | None, target: "Target | None" = None,
 ) -> "tuple[dict[str, TokenArray], Problem]":  # fmt: skip
-    from cqsa_stream.api import open_inputs
+    from cqsa_stream.inputs import open_inputs
     from cqsa_stream.problem import Problem
 
     rows = _query_range(queries)
-    arrays = open_inputs(q, k, v, fill_missing=fill_missing)
+    arrays = open_inputs(q, k, v, fill_missing=fill_missing, layout=layout)
     if target is not None:
         from cqsa_stream.admission import refuse_other_inputs
 
@@ -271,22 +340,18 @@ def _query_range(text: str | None) -> tuple[int, int] | None:
         return None
     first, colon, stop = text.partition(":")
     if not (colon and all(n.isdecimal() and len(n) < 19 for n in (first, stop))):
-        from cqsa_stream.errors import InputError
-
         raise InputError(f"--queries {text!r}; expected A:B, as 0:4096")
     return int(first), int(stop)
 
 
 @contextmanager
-def _interruptible(out: Path) -> Iterator[None]:
-    """Say how to go on after a stop; Ctrl-C is exit code 130."""
+def _interruptible(out: str) -> Iterator[None]:
+    """Say how to go on after a stop."""
     try:
         yield
-    except Exception as error:
-        if type(error).__name__ != "RunStopped":
-            raise
-        print(f"cqsa: {error}; the same command resumes {out}", file=sys.stderr)
-        sys.exit(130 if "SIGINT" in str(error) else 3)
+    except RunStopped as error:
+        _say(f"{error}; the same command resumes {out}")
+        sys.exit(error.exit_code)
 
 
 def _described(found: dict[str, Any]) -> str:

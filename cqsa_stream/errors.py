@@ -1,16 +1,18 @@
 """The errors that users see, and the exit code of each.
 
-    CqsaError
-    ├── InputError      2   bad usage or bad input          (also a ValueError)
-    ├── BudgetError     4   the plan does not fit           (carries the plan)
-    ├── LockedError     5   another process works in the run
-    ├── MismatchError   6   inputs or problem differ from those that the run began with
-    └── RunStopped      3   stopped before the end, resumable (130 when by Ctrl-C)
-
-Storage raises its own ``ArrayError`` (2) and ``FullDiskError`` (3): it does not know this package.
+CqsaError               1   failed
+├── InputError          2   bad usage or bad input          (also a ValueError)
+├── ArrayError          2   an array cannot be opened or read   (also a ValueError)
+├── BudgetError         4   the plan does not fit
+├── LockedError         5   another process works in the run
+├── MismatchError       6   inputs or problem differ from those that the run began with
+├── NoMemoryError       1   the host or the device has no memory left   (also a MemoryError)
+├── FullDiskError       3   the disk is full, resumable         (also an OSError)
+└── RunStopped          3   stopped before the end, resumable where an output was named
+    └── RunInterrupted 130  by Ctrl-C                       (also a KeyboardInterrupt)
 """
 
-from cqsa_stream.storage.errors import ArrayError, FullDiskError
+from cqsa_stream.storage.errors import ArrayError, CqsaError, FullDiskError
 
 __all__ = [
     "ArrayError",
@@ -20,14 +22,10 @@ __all__ = [
     "InputError",
     "LockedError",
     "MismatchError",
+    "NoMemoryError",
+    "RunInterrupted",
     "RunStopped",
 ]
-
-
-class CqsaError(Exception):
-    """Base of the errors of this package."""
-
-    exit_code = 1
 
 
 class InputError(CqsaError, ValueError):
@@ -54,7 +52,17 @@ class MismatchError(CqsaError):
     exit_code = 6
 
 
+class NoMemoryError(CqsaError, MemoryError):
+    """The host or the device has no memory left; a run on disk is intact and can be resumed."""
+
+
 class RunStopped(CqsaError):
-    """The run stopped before its end, at a checkpoint: the same call resumes it."""
+    """The run stopped before its end: on disk at a checkpoint, and the same call resumes it; in memory it is gone."""
 
     exit_code = 3
+
+
+class RunInterrupted(RunStopped, KeyboardInterrupt):
+    """Ctrl-C stopped the run before its end, at a checkpoint: the same call resumes it."""
+
+    exit_code = 130

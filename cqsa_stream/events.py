@@ -54,8 +54,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class Started:
-    """A session begins; ``plan`` as ``Plan.to_dict`` gives it."""
+    """A session begins: ``problem`` in a line, ``plan`` as ``Plan.to_dict`` gives it."""
 
+    problem: str
     plan: dict[str, Any]
     figures: Figures
 

@@ -1,13 +1,11 @@
 """A session of a run: problem -> plan -> check budgets -> compute -> report. In memory or durable."""
 
-import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,51 +24,41 @@ from cqsa_stream.admission import (
 )
 from cqsa_stream.allocator import returning_freed_memory
 from cqsa_stream.engine import Engine, Job
-from cqsa_stream.errors import ArrayError, CqsaError, FullDiskError, LockedError, RunStopped
+from cqsa_stream.errors import ArrayError, CqsaError, LockedError, RunStopped
 from cqsa_stream.events import Ended, Observer, Started
 from cqsa_stream.kernels import fold_for
 from cqsa_stream.machine import choose_device, free_budgets
 from cqsa_stream.manifest import Manifest
 from cqsa_stream.meter import HostPeak, Meter
 from cqsa_stream.observers import EventLog, everyone
-from cqsa_stream.outputs import damaged_rows, is_complete, open_outputs, output_locked, outputs_exist, prepare_outputs
+from cqsa_stream.outputs import (
+    damaged_rows,
+    is_complete,
+    missing_rows,
+    open_outputs,
+    outputs_exist,
+    outputs_locked,
+    prepare_outputs,
+)
+from cqsa_stream.places import beside
 from cqsa_stream.planning import CHECKPOINT_EVERY_S, Options, plan_run, refuse_over_budget, refuse_what_is_not_there
 from cqsa_stream.problem import Problem
 from cqsa_stream.run import RunDirectory
+from cqsa_stream.running_out import saying_how_much_disk, saying_what_ran_out
 from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.sinks import MemorySink, Sink
 from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray
 from cqsa_stream.storage.partials import PartialStore
+from cqsa_stream.surroundings import undisturbed
 
 __all__ = ["run_in_memory", "run_on_disk"]
 
-_NO_MEMORY = ("allocate memory", "not enough memory", "start new thread", "bad_alloc")  # what torch and Python say
 _log = logging.getLogger(__name__)
 
 
-@contextmanager
-def _saying_what_ran_out() -> Iterator[None]:
-    """Running out of memory becomes a clear error: none of it is damaged by that."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            f"the device has no memory left ({error}); the run is intact: take a smaller --device-memory"
-        ) from error
-    except (MemoryError, RuntimeError, OSError) as error:
-        runs_out = getattr(error, "errno", None) == errno.ENOMEM or any(words in str(error) for words in _NO_MEMORY)
-        if not isinstance(error, MemoryError) and not runs_out:
-            raise
-        said = str(error).strip().splitlines()
-        raise MemoryError(
-            f"no host memory left ({said[0] if said else 'an allocation failed'}); the run is intact: take a smaller "
-            "--host-memory, or free some, and run the same command again"
-        ) from error
-
-
-@_saying_what_ran_out()
-@returning_freed_memory()
+@saying_what_ran_out()
+@undisturbed()
 def run_in_memory(
     problem: Problem,
     arrays: dict[str, TokenArray],
@@ -81,17 +69,23 @@ def run_in_memory(
 ) -> MemorySink:
     """Compute into tensors; nothing is written anywhere. Raises BudgetError, and RunStopped at ``max_seconds``."""
     host, stop = HostPeak(), Stopper(max_seconds=options.max_seconds)
-    plan, device = plan_run(problem, arrays, options, durable=False)
-    refuse_over_budget(plan)
-    refuse_what_is_not_there(plan)
-    check_inputs(arrays)
-    sink = MemorySink(problem, plan.grid.rows, with_lse=with_lse)
-    session = _Session(problem, plan, device, arrays, sink, None, host, options)
-    session.run(everyone(observers), stop)
+    counted = options.host_memory is not None  # else the process's allocator is left alone
+    with returning_freed_memory() if counted else nullcontext():
+        plan, device = plan_run(problem, arrays, options, durable=False)
+        refuse_over_budget(plan)
+        refuse_what_is_not_there(plan)
+        check_inputs(arrays)
+        sink = MemorySink(problem, plan.grid.rows, with_lse=with_lse)
+        session = _Session(problem, plan, device, arrays, sink, None, host, options)
+        try:
+            session.run(everyone(observers), stop)
+        except RunStopped as stopped:
+            raise RunStopped(f"{stopped}; nothing is kept of a run in memory: give out to be able to go on") from None
     return sink
 
 
-@_saying_what_ran_out()
+@saying_what_ran_out()
+@undisturbed()
 @returning_freed_memory()
 def run_on_disk(
     problem: Problem,
@@ -109,10 +103,13 @@ def run_on_disk(
     directory = RunDirectory(target.run_dir)
     options.check(problem)
     refuse_overlap(target, arrays)
-    if directory.begun and not target.fresh:
-        _resume(directory, problem, arrays, options, target, observers, stop, host)
-    else:
-        _begin(directory, problem, arrays, options, target, observers, stop, host)
+    try:
+        if directory.begun and not target.fresh:
+            _resume(directory, problem, arrays, options, target, observers, stop, host)
+        else:
+            _begin(directory, problem, arrays, options, target, observers, stop, host)
+    except RunStopped as stopped:
+        raise stop.error(str(stopped)) from None
     if not outputs_exist(directory, directory.manifest()):
         raise CqsaError(f"{target.out}: the output was removed during the run; the same command computes it again")
     return directory
@@ -135,8 +132,8 @@ def _begin(
     check_inputs(arrays)
     prints = fingerprints(arrays)
     manifest = _manifest(problem, plan, arrays, prints, target)
-    disk = _saying_how_much_disk(directory, manifest, plan)
-    with disk, directory.locked(), output_locked(target.out):
+    disk = saying_how_much_disk(directory, manifest, plan)
+    with disk, directory.locked(), outputs_locked(directory, manifest):
         if target.fresh:
             _discard(directory, target)
         elif directory.begun:
@@ -164,8 +161,9 @@ def _resume(
     check_inputs(arrays)
     refuse_changed_inputs(manifest, fingerprints(arrays))
     if _is_whole(directory, stop):
+        directory.sweep()
         return
-    with directory.locked(), output_locked(target.out):
+    with directory.locked(), outputs_locked(directory, manifest):
         manifest = directory.manifest()
         refuse_differences(manifest, directory, target, problem, options)  # another may have begun here meanwhile
         options = _inherit(options, directory)
@@ -174,29 +172,44 @@ def _resume(
         )
         refuse_over_budget(plan)
         refuse_what_is_not_there(plan)
-        with _saying_how_much_disk(directory, manifest, plan):
+        with saying_how_much_disk(directory, manifest, plan):
             directory.restore(manifest)
             _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host)
 
 
 def _is_whole(directory: RunDirectory, stop: Stopper) -> bool:
-    """Return whether the run is finished and nothing of it is damaged."""
+    """Return whether the run is finished and nothing of it is damaged, as far as a time limit lets us look.
+
+    Raises RunStopped at a signal.
+    """
     manifest = directory.manifest()
     if not is_complete(directory) or directory.damaged_manifests(manifest):
         return False
     try:
-        return next(_damaged(directory, manifest, stop), None) is None
+        for _, _, good in damaged_rows(directory, manifest):
+            if not good:
+                return False
+            reason = stop()
+            if stop.received is not None:
+                raise RunStopped(f"{reason}: the run is complete, but its output was not checked to the end")
+            if reason is not None:
+                _log.warning(
+                    "%s: complete; the time limit ended the check of its output: verify does it", directory.path
+                )
+                return True
     except ArrayError:  # what describes the output
         return False
+    return True
 
 
-def _damaged(directory: RunDirectory, manifest: Manifest, stop: Stopper) -> Iterator[tuple[int, int]]:
-    """Yield (lane, row) of the finished rows whose output is not what was written. Raises RunStopped when told to."""
-    for lane, row, good in damaged_rows(directory, manifest):
-        if stop.received is not None:  # a time limit waits for work to be done
-            raise RunStopped(stop() or "")
-        if not good:
-            yield lane, row
+def _take_back_what_is_gone(directory: RunDirectory, manifest: Manifest, store: PartialStore) -> None:
+    """Let rows be computed again whose output is not there, or not what was written as far as a bounded look tells."""
+    for lane, row in missing_rows(directory, manifest):
+        _log.warning(
+            "%s: what was written of row chunk %d of lane %d is damaged or gone; it is computed again",
+            directory.output_path(manifest), row, lane,
+        )  # fmt: skip
+        store.unfinish(lane, row)
 
 
 @dataclass(frozen=True)
@@ -231,7 +244,7 @@ class _Session:
                     checkpoint_every_s=CHECKPOINT_EVERY_S if every is None else every,
                 )
             )
-            observer(Started(self.plan.to_dict(), meter.figures()))
+            observer(Started(str(self.problem), self.plan.to_dict(), meter.figures()))
             reason = "done"
             try:
                 engine.run()
@@ -256,13 +269,9 @@ def _durable_session(
 ) -> None:
     store = directory.store(manifest)
     store.prepare()
+    directory.sweep()
     prepare_outputs(directory, manifest)
-    for lane, row in _damaged(directory, manifest, stop):
-        _log.warning(
-            "%s: what was written of row chunk %d of lane %d is damaged or gone; it is computed again",
-            directory.output_path(manifest), row, lane,
-        )  # fmt: skip
-        store.unfinish(lane, row)
+    _take_back_what_is_gone(directory, manifest, store)
     used = replace(
         options,
         device=str(device),
@@ -285,10 +294,18 @@ def _manifest(
         rows=plan.grid.rows,
         columns=plan.grid.columns,
         out_tokens=plan.layout.out_tokens,
-        inputs={name: {"source": array.source, "fingerprint": prints[name]} for name, array in arrays.items()},
+        inputs={
+            name: {
+                "source": array.source,
+                "beside": beside(array.source, target.run_dir),
+                "fingerprint": prints[name],
+            }
+            for name, array in arrays.items()
+        },
         output=os.path.relpath(target.out, target.run_dir),
         lse=os.path.relpath(lse, target.run_dir),
         fill_missing=target.fill_missing,
+        layout=target.layout,
     )
 
 
@@ -311,7 +328,7 @@ def _inherit(options: Options, directory: RunDirectory) -> Options:
     }
     last = {name: value for name, value in last.items() if name in kinds and isinstance(value, kinds[name])}
     names: tuple[str, ...] = ("device", "device_memory", "host_memory", "schedule", "kernel", "checkpoint_every_s")
-    if options.device is not None and options.device != last.get("device"):
+    if options.device is not None and str(choose_device(options.device)) != last.get("device"):
         names = ("schedule", "checkpoint_every_s")  # budgets of another device say nothing
     taken = {name: last.get(name) for name in names if getattr(options, name) is None}
     free = free_budgets(choose_device(options.device or taken.get("device") or "auto"))
@@ -332,28 +349,6 @@ def _discard(directory: RunDirectory, target: Target) -> None:
             shutil.rmtree(path)
     for name in ("events.jsonl", "session.json", "run.copy.json", "run.json"):  # without the last, the rest is foreign
         (directory.path / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _saying_how_much_disk(directory: RunDirectory, manifest: Manifest, plan: Plan) -> Iterator[None]:
-    """Tell, where the disk is full, how much more the run needs to its end."""
-    try:
-        yield
-    except FullDiskError as error:
-        output = directory.output_path(manifest)
-        used = sum(map(_disk_used, {directory.path, output}))
-        more = max(0, plan.footprint.disk_bytes - used)
-        full = Path(error.filename) if error.filename else output
-        free = shutil.disk_usage(next(p for p in (full, *full.parents) if p.exists())).free
-        raise FullDiskError(
-            error.errno,
-            f"{error.strerror} {full}; to its end the run needs about {more / 2**20:.1f} MiB more, {free / 2**20:.1f} "
-            "MiB are free there: make room, and the same command resumes",
-        ) from error
-
-
-def _disk_used(path: Path) -> int:
-    return sum(os.lstat(Path(folder, name)).st_blocks * 512 for folder, _, names in os.walk(path) for name in names)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

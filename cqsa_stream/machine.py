@@ -15,7 +15,7 @@ from cqsa_stream.calibration import load
 from cqsa_stream.driver import process_bytes
 from cqsa_stream.errors import InputError
 from cqsa_stream.kernels import Kernel, fold_for
-from cqsa_stream.problem import Problem
+from cqsa_stream.problem import Problem, is_number
 from cqsa_stream.schedulers.masks import TileMask
 from cqsa_stream.schedulers.planner import Machine
 from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
@@ -41,6 +41,8 @@ def parse_size(size: float | str | None, name: str) -> int | None:
     """Return bytes from a number or from "4GiB", "512MiB", "4e9". Raises InputError."""
     if size is None:
         return None
+    if not isinstance(size, str) and not is_number(size):
+        raise InputError(f'{name} {size!r}; expected bytes or a size, as "4GiB" or "512MiB"')
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kmgt]i?)?b?\s*", size, re.IGNORECASE)
         if match is None:

@@ -9,17 +9,19 @@ from typing import Any
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis, Grid
 from cqsa_stream.schedulers.planner import MOST_CHUNKS
+from cqsa_stream.storage.arrays import LAYOUTS
 
 __all__ = ["Manifest"]
 
-_FORMAT = 2
+_FORMAT = 3
 _INPUTS = {"query", "key", "value"}
-_ABOUT_INPUT = {"source", "fingerprint"}
+_ABOUT_INPUT = {"source", "beside", "fingerprint"}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run is. ``inputs``: source and fingerprint of each; ``out_tokens``: tokens of one stored output chunk;
+    """What a run is. ``inputs``: source and fingerprint of each, and ``beside``, its path relative to the run directory
+    ("" where it has none); ``layout``: their axes as they are stored; ``out_tokens``: tokens of a stored output chunk;
     ``output`` and ``lse`` are paths relative to the run directory.
     """
 
@@ -31,6 +33,7 @@ class Manifest:
     output: str
     lse: str
     fill_missing: bool
+    layout: str = "bhtd"
 
     @property
     def grid(self) -> Grid:
@@ -78,6 +81,8 @@ class Manifest:
             raise ValueError(f"output chunks of {self.out_tokens!r} tokens, in row chunks of {self.rows.chunk_tokens}")
         if type(self.fill_missing) is not bool:
             raise ValueError(f"fill_missing {self.fill_missing!r}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout {self.layout!r}; expected one of {', '.join(LAYOUTS)}")
         for path in (self.output, self.lse):
             if type(path) is not str or not path or b"\0" in os.fsencode(path):
                 raise ValueError(f"a path {path!r}")

@@ -28,16 +28,18 @@ __all__ = [
 
 
 def everyone(observers: Iterable[Observer]) -> Observer:
-    """Return an observer that passes each event on to all; who can no longer be told (a closed pipe) is left out."""
+    """Return an observer that passes each event on to all. None can hurt the run: one that raises is told no more."""
     watching = list(observers)
 
     def observe(event: Event) -> None:
         for observer in tuple(watching):
             try:
                 observer(event)
-            except OSError as error:
+            except Exception as error:
                 watching.remove(observer)
-                _log.warning("%s: %s is told no more", error, type(observer).__name__)
+                name = getattr(observer, "__qualname__", type(observer).__name__)
+                found = f"{type(error).__name__}: {error}"
+                _log.warning("observer %s raised %s; it is told no more, the run goes on", name, found)
 
     return observe
 
@@ -78,6 +80,7 @@ class ProgressBar:
     def __call__(self, event: Event) -> None:
         figures = event.figures
         if isinstance(event, Started):
+            print(f"cqsa: {event.problem}", file=self._file)
             self._bar = tqdm(
                 total=figures.pairs_total,
                 initial=figures.pairs_done,
@@ -107,6 +110,8 @@ class PlainLines:
         if isinstance(event, Progressed | Checkpointed) and self._clock() - self._last < self._every_s:
             return
         self._last = self._clock()
+        if isinstance(event, Started):
+            print(f"cqsa: {event.problem}", file=self._file)
         figures = event.figures
         share = figures.pairs_done / max(1, figures.pairs_total)
         what = f" ({event.reason})" if isinstance(event, Ended) else ""

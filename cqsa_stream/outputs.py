@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cqsa_stream.errors import LockedError, MismatchError
@@ -14,11 +14,20 @@ from cqsa_stream.run import RunDirectory
 from cqsa_stream.sinks import ZarrSink
 from cqsa_stream.storage.atomic import make_directory, open_regular
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.output import METADATA, create_array, described, holds_array, open_for_writing
+from cqsa_stream.storage.output import METADATA, create_array, described, holds_array, open_output
 
-__all__ = ["damaged_rows", "is_complete", "open_outputs", "output_locked", "outputs_exist", "prepare_outputs"]
+__all__ = [
+    "damaged_rows",
+    "is_complete",
+    "missing_rows",
+    "open_outputs",
+    "outputs_exist",
+    "outputs_locked",
+    "prepare_outputs",
+]
 
 _MOST_METADATA_BYTES = 1 << 20
+_LOOKED_AT_BYTES = 64 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -71,13 +80,22 @@ def open_outputs(directory: RunDirectory, manifest: Manifest) -> ZarrSink:
     for path, expected in _wanted(directory, manifest).items():
         if holds_array(path) and (wrong := _misdescribed(path, expected)):
             raise ArrayError(wrong)
-    out, lse = (open_for_writing(path) for path in (directory.output_path(manifest), directory.lse_path(manifest)))
+    out, lse = (open_output(path) for path in (directory.output_path(manifest), directory.lse_path(manifest)))
     return ZarrSink(manifest.problem, out, lse, manifest.rows, manifest.out_tokens)
 
 
 @contextmanager
-def output_locked(path: Path) -> Iterator[None]:
-    """Hold an output for this process: other run directories may name it too. Raises LockedError."""
+def outputs_locked(directory: RunDirectory, manifest: Manifest) -> Iterator[None]:
+    """Hold output and lse for this process: other run directories may name them too. Raises LockedError."""
+    places = [directory.output_path(manifest), directory.lse_path(manifest)]
+    with ExitStack() as held:
+        for path in sorted(p for p in places if not p.is_relative_to(directory.path)):  # what is in it is held with it
+            held.enter_context(_locked(path))
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
     make_directory(path)
     number = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -85,7 +103,7 @@ def output_locked(path: Path) -> Iterator[None]:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise LockedError(
-                f"{path}: the process of another run directory writes there; wait for it, or name another output"
+                f"{path}: the process of another run directory writes there; wait for it, or name another output or lse"
             ) from error
         except OSError:  # a file system that cannot lock a directory: the run directory's own lock holds
             pass
@@ -117,3 +135,19 @@ def damaged_rows(directory: RunDirectory, manifest: Manifest) -> Iterator[tuple[
     for header, _ in store.headers():
         if header.finished:
             yield header.lane, header.row, sink.holds(header.lane, header.row, header.checksum)
+
+
+def missing_rows(directory: RunDirectory, manifest: Manifest) -> Iterator[tuple[int, int]]:
+    """Yield (lane, row) of the finished rows whose output is not there; a look that does not grow with the output.
+
+    The size of every stored chunk is looked at, and as many of the last rows are read as ``_LOOKED_AT_BYTES`` hold:
+    they are what a crash could have hurt, and all there is in a small run. ``damaged_rows`` reads all.
+    """
+    store, sink = directory.store(manifest), open_outputs(directory, manifest)
+    finished = [header for header, _ in store.headers() if header.finished]
+    left = _LOOKED_AT_BYTES
+    for header in reversed(finished):
+        left -= sink.row_bytes(header.row)
+        there = sink.is_there(header.lane, header.row)
+        if not there or (left >= 0 and not sink.holds(header.lane, header.row, header.checksum)):
+            yield header.lane, header.row

@@ -9,6 +9,7 @@ import threading
 import torch
 from torch import Tensor
 
+from cqsa_stream.errors import NoMemoryError
 from cqsa_stream.storage.ranges import PAGE
 
 __all__ = ["PageLock", "in_pages", "pages"]
@@ -47,7 +48,7 @@ class PageLock:
         return self
 
     def wait(self, place: int) -> None:
-        """Wait until a place is locked. Raises RuntimeError where it cannot be."""
+        """Wait until a place is locked. Raises NoMemoryError where it cannot be."""
         if self._thread is None or place < self._locked:
             return
         with self._changed:
@@ -86,5 +87,8 @@ class PageLock:
     def _register(self, address: int, size: int) -> None:
         status = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))  # type: ignore[no-untyped-call]
         if status:
-            raise RuntimeError(f"page-locking host memory failed (CUDA error {status}); take a smaller host_memory")
+            raise NoMemoryError(
+                f"page-locking {size / 2**20:.0f} MiB of host memory failed (CUDA error {status}): take a smaller "
+                "host_memory, or allow more locked memory (ulimit -l)"
+            )
         self._pieces.append(address)

@@ -1,7 +1,7 @@
 """From a problem, its arrays and a device to a plan."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from cqsa_stream.errors import BudgetError, InputError
 from cqsa_stream.kernels import KERNELS, Kernel, kernel_for, merges_at_once
 from cqsa_stream.machine import FREE_SHARE, choose_device, describe, parse_size
-from cqsa_stream.problem import Problem, dtype_bytes
+from cqsa_stream.problem import Problem, dtype_bytes, is_number
 from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.memory import Workload
 from cqsa_stream.schedulers.plan import Plan
@@ -39,27 +39,31 @@ class Options:
     max_seconds: float | None = None
     kernel: str | None = None
 
-    def check(self, problem: Problem) -> None:
-        """Raises InputError where a value cannot be, for this problem."""
-        device = choose_device(self.device or "auto")
+    def __post_init__(self) -> None:
+        """Raises InputError where a value cannot be, whatever the problem."""
         if self.kernel is not None and self.kernel not in KERNELS:
             raise InputError(f"kernel {self.kernel!r}; expected one of {', '.join(KERNELS)}")
-        self.kernel_on(device, problem)
-        if self.chunks is not None and (not isinstance(self.chunks, int) or not 0 < self.chunks <= MOST_CHUNKS):
-            raise InputError(f"chunks {self.chunks!r}; expected a whole number, 1 to {MOST_CHUNKS}")
+        if self.chunks is not None:
+            if not is_number(self.chunks) or self.chunks % 1 or not 0 < self.chunks <= MOST_CHUNKS:
+                raise InputError(f"chunks {self.chunks!r}; expected a whole number, 1 to {MOST_CHUNKS}")
+            object.__setattr__(self, "chunks", int(self.chunks))  # numpy's numbers are none of JSON's
+        if self.schedule is not None and self.schedule not in SCHEDULES:
+            raise InputError(f"schedule {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+        for name in ("checkpoint_every_s", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and value >= 0 and math.isfinite(value)):
+                raise InputError(f"{name} {value!r}; expected seconds, at least 0")
+        for name in ("device_memory", "host_memory"):
+            parse_size(getattr(self, name), name)
+
+    def check(self, problem: Problem) -> None:
+        """Raises InputError where a value cannot be, for this problem on this machine."""
+        self.kernel_on(choose_device(self.device or "auto"), problem)
         if self.chunks is not None and problem.same_positions:
             try:
                 quorum_size(self.chunks)
             except ValueError as error:
                 raise InputError(str(error)) from error
-        if self.schedule is not None and self.schedule not in SCHEDULES:
-            raise InputError(f"schedule {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
-        for name in ("checkpoint_every_s", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise InputError(f"{name} {value}; expected seconds, at least 0")
-        for name in ("device_memory", "host_memory"):
-            parse_size(getattr(self, name), name)
 
     def kernel_on(self, device: torch.device, problem: Problem) -> Kernel:
         """Return the kernel that computes the problem on a device. Raises InputError where there is none."""
@@ -113,7 +117,7 @@ def plan_run(
         out_tokens=out_tokens,
     )
     try:
-        return make_plan(request, machine), device
+        return replace(make_plan(request, machine), about=str(problem)), device
     except ValueError as error:
         raise InputError(str(error)) from error
 

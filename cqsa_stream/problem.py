@@ -4,12 +4,13 @@ import math
 import operator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any, Protocol
 
 from cqsa_stream.errors import InputError
 from cqsa_stream.schedulers.masks import Mask, mask_of
 
-__all__ = ["DTYPES", "MOST_LANES", "OUT_DTYPES", "Problem", "dtype_bytes"]
+__all__ = ["DTYPES", "MOST_LANES", "OUT_DTYPES", "Problem", "dtype_bytes", "is_number"]
 
 DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 MOST_LANES = 1 << 20
@@ -19,6 +20,11 @@ OUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 def dtype_bytes(dtype: str) -> int:
     """Return the bytes of one number."""
     return DTYPES[dtype]
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a real number, numpy's among them; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class Described(Protocol):
@@ -76,13 +82,15 @@ class Problem:
             key.shape,
             value.shape[3],
         )
-        if scale is not None and not math.isfinite(scale):
-            raise InputError(f"scale {scale}; expected a finite number")
+        if scale is not None and not (is_number(scale) and math.isfinite(scale)):
+            raise InputError(f"scale {scale!r}; expected a finite number")
         try:
             first, stop = (0, query_tokens) if queries is None else map(operator.index, queries)
             q_start = operator.index(q_start)
-        except TypeError as error:
-            raise InputError(f"queries {queries}, q_start {q_start}: expected whole numbers") from error
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"queries {queries!r}, q_start {q_start!r}; expected two whole numbers, and one"
+            ) from error
         if abs(q_start) > 2**62 or batch * kv_heads > MOST_LANES:
             raise InputError(
                 f"q_start {q_start}, batch x key/value heads {batch * kv_heads}; expected at most 2^62 and {MOST_LANES}"
@@ -104,6 +112,20 @@ class Problem:
             q_start=q_start,
             first_query=first,
             queries=stop - first,
+        )
+
+    def __str__(self) -> str:
+        """Say it in a line, as it was understood."""
+        rows, where = f"{self.query_tokens:,} tokens", "causal" if self.causal else "full"
+        if self.queries != self.query_tokens:
+            rows = f"rows {self.first_query:,} to {self.first_query + self.queries - 1:,} of {rows}"
+        shared = "" if self.group == 1 else f" on {self.kv_heads}"
+        keys = "" if self.keys == self.query_tokens else f", keys {self.keys:,} tokens"
+        values = "" if self.value_dim == self.head_dim else f", values x {self.value_dim}"
+        start = f", first query at {self.q_start:,}" if self.q_start else ""
+        return (
+            f"query {self.batch} x {self.heads} heads{shared} x {rows} x {self.head_dim} {self.dtype}{keys}{values}, "
+            f"{where}{start}"
         )
 
     @property

@@ -29,16 +29,26 @@ from crc32c import crc32c
 from cqsa_stream.errors import InputError, LockedError
 from cqsa_stream.manifest import Manifest
 from cqsa_stream.problem import dtype_bytes
-from cqsa_stream.storage.atomic import make_directory, open_regular, replace_file
+from cqsa_stream.storage.atomic import (
+    is_temporary,
+    make_directory,
+    open_regular,
+    replace_file,
+    sweep,
+    temporary_name,
+)
 from cqsa_stream.storage.partials import PartialStore
+from cqsa_stream.storage.processes import boot_and_start
 from cqsa_stream.storage.retrying import retrying
 
 __all__ = ["RunDirectory"]
 
 _MANIFEST, _COPY = "run.json", "run.copy.json"
 _OURS = (_MANIFEST, _COPY, "partials", "lse.zarr", "results.zarr", "events.jsonl", "session.json", "lock")
-_BEFORE_A_RUN = {"lock", "session.json", "session.json.new", "run.json.tmp", _COPY, _COPY + ".tmp", "results.zarr"}
+_REPLACED = (_MANIFEST, _COPY, "session.json")
+_BEFORE_A_RUN = {"lock", "session.json", _COPY, "results.zarr"}
 _MOST_JSON_BYTES = 1 << 20
+_SILENT_S = 60.0  # after which a process on another machine counts as gone, for who watches
 _LOCK_NAMED_S = 1.0  # how long after taking the lock a process may take to say who it is
 _log = logging.getLogger(__name__)
 
@@ -60,7 +70,8 @@ class RunDirectory:
 
     def foreign(self) -> list[str]:
         """Return what stands where a run is to begin, and is not what a killed process left of beginning it."""
-        return sorted({p.name for p in self.path.iterdir()} - _BEFORE_A_RUN)
+        strange = {p.name for p in self.path.iterdir()} - _BEFORE_A_RUN
+        return sorted(name for name in strange if not any(is_temporary(name, of) for of in _REPLACED))
 
     def manifest(self) -> Manifest:
         """Read the manifest, or its copy where it is damaged. Raises InputError where there is none, or no good one."""
@@ -101,6 +112,12 @@ class RunDirectory:
             (group / name).symlink_to(os.path.relpath(place, group))
         replace_file(group / "zarr.json", [json.dumps({"zarr_format": 3, "node_type": "group"}).encode()])
         self.restore(manifest)
+
+    def sweep(self) -> None:
+        """Remove what killed processes were writing here; the store of partials and the output sweep themselves."""
+        sweep(self.path)
+        if not (self.path / "results.zarr").is_symlink():
+            sweep(self.path / "results.zarr")
 
     def restore(self, manifest: Manifest) -> None:
         """Write the manifest and its copy wherever they are not whole."""
@@ -182,12 +199,14 @@ class RunDirectory:
         """Replace the latest figures; not fsynced, and let be where it fails: they are news, not state."""
         me = os.getpid()
         fields = {"pid": me, "process": _process(me), "host": socket.gethostname(), **figures}
-        temporary = self.path / "session.json.new"
+        temporary = temporary_name(self.path / "session.json")
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-            with temporary.open("x") as file:  # a new file, not what a link of this name leads to
-                file.write(json.dumps(fields))
-            temporary.replace(self.path / "session.json")
+            try:
+                with temporary.open("x") as file:  # a new file, not what a link of this name leads to
+                    file.write(json.dumps(fields))
+                temporary.replace(self.path / "session.json")
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def live_pid(self) -> int | None:
         """Return the process that works in the run, if it lives on this machine."""
@@ -196,6 +215,16 @@ class RunDirectory:
         if session.get("ended") or session.get("host") != socket.gethostname() or type(pid) is not int:
             return None
         return pid if process is not None and process == _process(pid) else None
+
+    def at_work(self) -> bool:
+        """Return whether a process works in the run: on this machine, or on another that told so a minute ago."""
+        session = self.session()
+        if session.get("ended") or session.get("host") in (None, socket.gethostname()):
+            return self.live_pid() is not None
+        try:
+            return time.time() - (self.path / "session.json").stat().st_mtime < _SILENT_S
+        except OSError:
+            return False
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Append one line to the event log, durably; a full disk or a failing one does not end a run for it."""
@@ -253,9 +282,5 @@ def _checked_event(line: bytes) -> dict[str, Any] | None:
 
 def _process(pid: int) -> str | None:
     """Return what tells a process from others that have or had its number: boot, and start within it; None if gone."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else f"{boot} {fields[19]}"
+    found = boot_and_start(pid)
+    return found and " ".join(found)

@@ -11,11 +11,11 @@ import torch
 from crc32c import crc32c
 from torch import Tensor
 
-from cqsa_stream.problem import Problem
+from cqsa_stream.problem import Problem, dtype_bytes
 from cqsa_stream.schedulers.grid import Axis
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.memory import MemoryArray
-from cqsa_stream.storage.output import read, write_chunk
+from cqsa_stream.storage.output import chunk_is_whole, read, write_chunk
 
 __all__ = ["MemorySink", "Sink", "ZarrSink"]
 
@@ -83,6 +83,19 @@ class ZarrSink:
             if isinstance(cause, OSError) and cause.errno != errno.ENOENT:
                 raise cause from error  # it cannot be read now: that says nothing of what is there
             return False
+
+    def is_there(self, lane: int, row: int) -> bool:
+        """Return whether every stored chunk of a row is there, and as long as it should be. Raises OSError."""
+        batch, heads, _ = self._problem.lane_heads(lane)
+        pieces = ((batch, head, span.start // self._out_tokens, 0) for head, span in self._pieces(lane, row))
+        return all(chunk_is_whole(self._out, cell) for cell in pieces) and all(
+            chunk_is_whole(self._lse, (batch, head, row)) for head in heads
+        )
+
+    def row_bytes(self, row: int) -> int:
+        """Return the size of what is written of a row."""
+        numbers = self._problem.group * len(self._rows.span(row))
+        return numbers * (self._problem.value_dim * dtype_bytes(self._problem.out_dtype) + 4)
 
     def _pieces(self, lane: int, row: int) -> Iterator[tuple[int, range]]:
         """Yield (head, query rows) of each stored chunk of a row chunk's output."""

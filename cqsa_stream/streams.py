@@ -2,7 +2,17 @@
 
 import torch
 
-__all__ = ["mark", "new_stream", "waited_for"]
+__all__ = ["Foreign", "mark", "new_stream", "waited_for"]
+
+
+class Foreign:
+    """A torch stream as other libraries take it (CUDA stream protocol), which older ones of torch's are not."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._stream.cuda_stream
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -1,5 +1,6 @@
 """Checking a run against float64: sampled rows of what is finished, computed anew from the inputs."""
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from cqsa_stream.storage.dtypes import numpy_dtype
 __all__ = ["Verification", "verify_rows"]
 
 _BLOCK_TOKENS = 4_096
+_LEAST_WEIGHT = 1e-30
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
 _TILE_ROUNDOFF = {**_ROUNDOFF, "float8_e4m3fn": 2.0**-11, "float8_e5m2": 2.0**-11}  # of a GPU kernel's result
 
@@ -29,7 +31,11 @@ class Verification:
     A row may err by two roundings to the output dtype, and by the rounding of scores and sums: 2^-23 (float32) times
     (8 + the largest |score|), times how much the terms of its sum cancel. Where 16-bit tiles come rounded from a
     GPU kernel, two more roundings to the input dtype. ``tolerance`` is the largest bound of a sampled row.
-    ``damaged_rows`` counts the finished row chunks, sampled or not, whose output is not what was written.
+    A bound is for the worst case of one row; errors are far below it as a rule, in single precision a hundredfold.
+    ``damaged_rows`` counts the finished row chunks, sampled or not, whose output is not what was written;
+    ``not_finite_rows`` the sampled rows whose reference is not finite everywhere: the inputs hold inf or NaN, or
+    numbers that overflow. Such a feature must not be finite in the output, either, and counts as without an error.
+    ``complete``: whether all rows of the run are finished, and not a part of them was checked.
     """
 
     rows: int
@@ -38,6 +44,8 @@ class Verification:
     tolerance: float
     lse_max_abs_error: float
     damaged_rows: int
+    not_finite_rows: int
+    complete: bool
     ok: bool
 
 
@@ -59,21 +67,27 @@ class _Reference:
 
     def add(self, scores: Tensor, values: Tensor) -> None:
         highest = torch.maximum(self.highest, scores.amax(1))
-        kept = torch.exp(self.highest - highest).nan_to_num_(nan=0.0)
-        weights = torch.exp(scores - highest[:, None]).nan_to_num_(nan=0.0)
-        self.out = self.out * kept[:, None] + weights @ values
-        self.size = self.size * kept[:, None] + weights @ values.abs()
+        shift = highest.masked_fill(highest.isneginf(), 0.0)
+        kept = torch.exp(self.highest - shift)
+        weights = torch.exp(scores - shift[:, None])
+        finite = values.isfinite()
+        plain = values.masked_fill(~finite, 0.0)
+        self.out = self.out * kept[:, None] + weights @ plain
+        self.size = self.size * kept[:, None] + weights @ plain.abs()
         self.total = self.total * kept + weights.sum(1)
         self.highest = highest
         self.largest = torch.maximum(self.largest, scores.abs().masked_fill(scores.isinf(), 0.0).amax(1))
+        if not finite.all():  # what has less weight than float32 can hold changes nothing
+            met = (weights > _LEAST_WEIGHT).double() @ (~finite).double() > 0
+            self.out = self.out.masked_fill(met, torch.nan)
 
     def finished(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return (out, lse, cancellation)."""
-        seen = self.total > 0
+        seen = self.total != 0
         out = torch.where(seen[:, None], self.out / self.total[:, None], 0.0)
         size = torch.where(seen[:, None], self.size / self.total[:, None], 0.0)
         lse = torch.where(seen, self.highest + self.total.log(), -torch.inf)
-        cancellation = size.norm(dim=1) / out.norm(dim=1).clamp_min(1e-300)
+        cancellation = size.norm(dim=1) / out.nan_to_num(0.0, 0.0, 0.0).norm(dim=1).clamp_min(1e-300)
         return out, lse, torch.where(seen, cancellation, 1.0)
 
 
@@ -94,7 +108,7 @@ def verify_rows(
 
     ``damaged``: how many row chunks are known to be; where a sampled row cannot be read, CqsaError is raised.
     """
-    errors, bounds, lse_errors, lse_scale = [], [], [0.0], 1.0
+    errors, bounds, lse_errors, lse_scale, not_finite_rows = [], [], [0.0], 1.0, 0
     for lane, chosen in _sample(problem, finished, axis, rows, seed).items():
         reference = _reference(problem, arrays, lane, chosen)
         expected, expected_lse, cancellation = reference.finished()
@@ -107,14 +121,15 @@ def verify_rows(
                 raise CqsaError(
                     f"the output of the run cannot be read: {error}; the same run command computes it again"
                 ) from error
-            norm = float(expected[index].norm())
-            errors.append(float((found - expected[index]).norm()) / (norm or 1.0))
+            wrong, not_finite = _compared(found, expected[index], getattr(torch, problem.out_dtype))
+            not_finite_rows += not_finite
+            errors.append(wrong)
             rounded = 2 * _TILE_ROUNDOFF[problem.dtype] if rounded_tiles else 0.0
             steps = 2 * _ROUNDOFF[problem.out_dtype] + rounded
-            scores = 2 * _ROUNDOFF[problem.partial_dtype] * (8.0 + float(reference.largest[index]))
-            bounds.append(steps + (scores + rounded) * float(cancellation[index]))
+            scores = 2 * _ROUNDOFF[problem.partial_dtype] * (8.0 + _finite(float(reference.largest[index])))
+            bounds.append(steps + (scores + rounded) * _finite(float(cancellation[index])))
             wanted = float(expected_lse[index])
-            if stored != wanted:  # two -inf are equal
+            if stored != wanted and not (math.isnan(stored) and math.isnan(wanted)):  # two -inf are equal
                 lse_errors.append(abs(stored - wanted))
                 lse_scale = max(lse_scale, abs(wanted))
     worst_lse = max(lse_errors) if not any(e != e for e in lse_errors) else float("nan")
@@ -128,8 +143,23 @@ def verify_rows(
         tolerance=max(bounds, default=0.0),
         lse_max_abs_error=worst_lse,
         damaged_rows=damaged,
+        not_finite_rows=not_finite_rows,
+        complete=sum(map(len, finished)) == problem.lanes * axis.filled,
         ok=ok and not damaged,
     )
+
+
+def _compared(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[float, bool]:
+    """Return a row's relative error, and whether its reference is not finite everywhere in the output's dtype."""
+    unknown = ~expected.to(dtype).isfinite()
+    expected = expected.masked_fill(unknown, 0.0)
+    difference = torch.where(unknown, torch.where(found.isfinite(), torch.inf, 0.0), found - expected)
+    return float(difference.norm()) / (float(expected.norm()) or 1.0), bool(unknown.any())
+
+
+def _finite(number: float) -> float:
+    """Return a factor of a bound; 1 where inputs that are not finite leave none."""
+    return number if math.isfinite(number) else 1.0
 
 
 def _sample(

@@ -214,7 +214,8 @@ def _tile(work: Workload, rows: int, layout: Layout, device: str) -> list[int]:
     heads_rows = work.group * rows
     parts = [heads_rows * work.partial_itemsize * width, heads_rows * (4 + 5 * 8)]
     if work.merged_at_once:
-        parts = [heads_rows * min(work.compute_itemsize, work.partial_itemsize) * width, heads_rows * 8]
+        unseen = [heads_rows] * 3  # which rows saw no key
+        parts = [heads_rows * min(work.compute_itemsize, work.partial_itemsize) * width, heads_rows * 8, *unseen]
     elif work.compute_itemsize < work.partial_itemsize:  # before it is widened
         parts.append(heads_rows * work.compute_itemsize * width)
     if work.group > 1:  # queries and results of stacked diagonal tiles, reordered

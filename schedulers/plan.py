@@ -17,7 +17,7 @@ class Plan:
 
     ``least``: what the smallest plan for the same problem would hold. ``*_free_bytes``: what the machine has, and
     ``device_reserved_bytes`` what the driver and its libraries hold there besides; None where that is not known.
-    ``candidates``: the best plan of each schedule weighed.
+    ``candidates``: the best plan of each schedule weighed. ``about``: the problem, in a line.
     """
 
     schedule: str
@@ -36,6 +36,7 @@ class Plan:
     host_free_bytes: int | None = None
     disk_free_bytes: int | None = None
     candidates: tuple["Plan", ...] = ()
+    about: str = ""
 
     @property
     def fits(self) -> bool:
@@ -113,6 +114,7 @@ class Plan:
         """Describe the plan, its pools, and the candidates side by side, the chosen one marked."""
         rows = self.grid.rows
         lines = [
+            *([self.about, ""] if self.about else []),
             f"schedule   {self.schedule}: {self.tasks} tasks of {self.layout.rows_per_task} row chunks",
             f"grid       {rows.chunks} chunks of {rows.chunk_tokens} tokens, {self.pairs} pairs, "
             f"{self.flops / 1e12:,.3f} TFLOP",

@@ -1,9 +1,40 @@
 """Moving bytes: arrays to read and to write, and the durable store of partials. Knows nothing of attention.
 
-Importing it teaches zarr-python bfloat16 and float8, where zarr-python is installed.
+Importing it teaches zarr-python bfloat16 and float8: now, if zarr is imported already, or the moment that it is. Who
+does not use zarr-python does not pay for it.
 """
 
-from contextlib import suppress
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
-with suppress(ImportError):
-    from cqsa_stream.storage import zarr_dtypes as zarr_dtypes
+_DTYPES = f"{__name__}.zarr_dtypes"
+
+
+class _WithZarr(MetaPathFinder):
+    """Stands in the way of the first import of zarr, to add our dtypes to it as soon as it is there."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != "zarr" or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_add(module: ModuleType) -> None:
+                execute(module)
+                import_module(_DTYPES)
+
+            spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
+        return spec
+
+
+if "zarr" in sys.modules:
+    import_module(_DTYPES)
+else:
+    sys.meta_path.insert(0, _WithZarr())

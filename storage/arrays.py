@@ -1,18 +1,27 @@
 """Opening anything that holds tokens: paths, URLs, zarr and TensorStore arrays, numpy arrays, torch tensors."""
 
+import errno
 import json
+import logging
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 import numpy as np
 
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.locations import is_url, kvstore
+from cqsa_stream.storage.locations import is_url, kvstore, local_name, without_secrets
 
-__all__ = ["TokenArray", "open_array"]
+if TYPE_CHECKING:
+    from cqsa_stream.storage.raw import RawArray
 
+__all__ = ["LAYOUTS", "TokenArray", "open_array"]
+
+LAYOUTS = ("bhtd", "bthd")
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
+_log = logging.getLogger(__name__)
 
 
 class TokenArray(Protocol):
@@ -57,87 +66,118 @@ class TokenArray(Protocol):
         """Raise ArrayError where a stored chunk is missing or short, as far as this can be told without decoding."""
 
 
-def open_array(source: Any, *, fill_missing: bool = False) -> TokenArray:
+def open_array(source: Any, *, fill_missing: bool = False, layout: str = "bhtd") -> TokenArray:
     """Open for reading. Raises ArrayError saying what was found and what can be opened.
 
     ``fill_missing`` reads stored chunks that are missing as the array's fill value instead of refusing them.
+    ``layout``: the order of the source's axes; "bthd" is [batch, token, head, feature]. What is returned is always
+    [batch, head, token, feature].
     """
-    if isinstance(source, str | Path):
-        return _open_named(str(source), fill_missing)
+    if layout not in LAYOUTS:
+        raise ArrayError(f"layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    how = _How(fill_missing=fill_missing, token_major=layout == "bthd")
+    if isinstance(source, str | os.PathLike):
+        return _open_named(str(source) if isinstance(source, str | Path) else os.fsdecode(source), how)
     if isinstance(source, np.ndarray):
-        return _open_numpy(source)
-    kind = f"{type(source).__module__.partition('.')[0]}.{type(source).__name__}"
-    if kind.startswith("torch."):
+        return _open_numpy(source, how)
+    if _is_a(source, "torch", "Tensor"):
         from cqsa_stream.storage.memory import MemoryArray
 
-        return MemoryArray.of_tensor(source)
-    if kind == "tensorstore.TensorStore":
+        return MemoryArray.of_tensor(source, token_major=how["token_major"])
+    if _is_a(source, "tensorstore", "TensorStore"):
         from cqsa_stream.storage.tensorstore_array import TensorStoreArray
 
-        return TensorStoreArray.of_store(source, fill_missing)
-    if kind == "zarr.Array":
-        return _open_zarr_array(source, fill_missing)
+        return TensorStoreArray.of_store(source, **how)
+    if _is_a(source, "zarr", "Array"):
+        return _open_zarr_array(source, how)
     raise ArrayError(
-        f"found a {kind}; expected a path or URL, a zarr.Array, a tensorstore.TensorStore, a numpy array or "
-        "a torch tensor"
+        f"found a {type(source).__module__.partition('.')[0]}.{type(source).__name__}; expected a path or URL, a "
+        "zarr.Array, a tensorstore.TensorStore, a numpy array or a torch tensor"
     )
 
 
-def _open_numpy(values: np.ndarray) -> TokenArray:
+class _How(TypedDict):
+    """How an array is to be opened."""
+
+    fill_missing: bool
+    token_major: bool
+
+
+def _is_a(source: Any, package: str, name: str) -> bool:
+    """Return whether a source is of a package's class or one derived from it, without importing the package."""
+    return any(kind.__name__ == name and kind.__module__.partition(".")[0] == package for kind in type(source).__mro__)
+
+
+def _open_numpy(values: np.ndarray, how: _How) -> TokenArray:
     from cqsa_stream.storage.files import open_memmap
-    from cqsa_stream.storage.memory import MemoryArray
+    from cqsa_stream.storage.memory import MemoryArray, refuse_special
 
+    refuse_special(values)
     file = open_memmap(values) if isinstance(values, np.memmap) else None
-    return file or MemoryArray(values)
+    return MemoryArray(values, token_major=how["token_major"]) if file is None else _presented(file, how)
 
 
-def _open_zarr_array(array: Any, fill_missing: bool) -> TokenArray:
-    root = getattr(array.store, "root", None)
-    if isinstance(root, Path):
-        return _open_path(root / array.path, fill_missing)
-    from cqsa_stream.storage.zarr_array import ZarrArray
+def _presented(file: "RawArray", how: _How) -> TokenArray:
+    from cqsa_stream.storage.token_major import token_major
 
-    return ZarrArray(array, fill_missing)
+    return token_major(file) if how["token_major"] else file
 
 
-def _open_named(source: str, fill_missing: bool) -> TokenArray:
+def _open_zarr_array(array: Any, how: _How) -> TokenArray:
+    from cqsa_stream.storage.zarr_array import ZarrArray, folder_of
+
+    folder = folder_of(array)
+    return ZarrArray(array, **how) if folder is None else _open_path(folder, how)
+
+
+def _open_named(source: str, how: _How) -> TokenArray:
     """Open a path, a URL, or ``file#part``: a tensor of a .safetensors file, a plain file's dtype and shape."""
     from cqsa_stream.storage.files import open_plain, open_safetensors
     from cqsa_stream.storage.tensorstore_array import TensorStoreArray
 
-    path = Path(source.removeprefix("file://")).absolute()
-    if _exists(path):
-        return _open_path(path, fill_missing)
-    if is_url(source) and (not source.startswith("file://") or "|" in source):
-        return TensorStoreArray.open(source, kvstore(source), fill_missing)
-    pieces = str(path).split("#")  # either side may hold more of them
-    for count in range(1, len(pieces)):
-        file, part = Path("#".join(pieces[:count])), "#".join(pieces[count:])
-        if file.is_file():
-            return open_safetensors(file, part) if file.suffix == ".safetensors" else open_plain(file, part)
-    raise ArrayError(f"{path}: no such file or directory")
+    literal = local_name(source)
+    home = [os.path.expanduser(literal)] if literal.startswith("~") else []  # noqa: PTH111 - Path raises for some
+    paths = [Path(name).absolute() for name in (literal, *home)]
+    for path in paths:
+        if _is(path, Path.exists):
+            return _open_path(path, how)
+    for path in paths:
+        pieces = str(path).split("#")  # either side may hold more of them
+        for count in range(1, len(pieces)):
+            file, part = Path("#".join(pieces[:count])), "#".join(pieces[count:])
+            if _is(file, Path.is_file):
+                opened = open_safetensors(file, part) if file.suffix == ".safetensors" else open_plain(file, part)
+                return _presented(opened, how)
+    if is_url(literal) and not literal.startswith("/"):
+        name = without_secrets(source)
+        if name != source:
+            _log.warning("%s: the credentials in the URL are not kept; give it with them whenever it is read", name)
+        return TensorStoreArray.open(name, kvstore(source), **how)
+    raise ArrayError(f"{paths[-1]}: no such file or directory")
 
 
-def _exists(path: Path) -> bool:
+def _is(path: Path, what: Callable[[Path], bool]) -> bool:
     try:
-        return path.exists()
+        return what(path)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False  # no file has such a name; a URL may
         raise ArrayError(f"{path}: {error.strerror}") from error
 
 
-def _open_path(path: Path, fill_missing: bool) -> TokenArray:
+def _open_path(path: Path, how: _How) -> TokenArray:
     from cqsa_stream.storage.files import open_npy, open_safetensors
     from cqsa_stream.storage.tensorstore_array import TensorStoreArray
     from cqsa_stream.storage.zarr_files import raw_zarr
 
     if path.is_file():
         if path.suffix == ".npy":
-            return open_npy(path)
+            return _presented(open_npy(path), how)
         if path.suffix == ".safetensors":
-            return open_safetensors(path, "")
+            return _presented(open_safetensors(path, ""), how)
         if path.suffix == ".zip":
             base = {"driver": "file", "path": str(path)}
-            return TensorStoreArray.open(str(path), {"driver": "zip", "base": base, "path": ""}, fill_missing)
+            return TensorStoreArray.open(str(path), {"driver": "zip", "base": base, "path": ""}, **how)
         raise ArrayError(
             f"{path}: a file that is no .npy, .safetensors or .zip; expected one of them, a Zarr array (a directory), "
             f"or a plain file of numbers named with its dtype and shape, as {path.name}#bfloat16:1,8,4096,64"
@@ -145,12 +185,13 @@ def _open_path(path: Path, fill_missing: bool) -> TokenArray:
     files = {"driver": "file", "path": f"{path}/"}
     try:
         if not any((path / name).is_file() for name in _ZARR) and (path / "attributes.json").is_file():  # N5
-            return TensorStoreArray.open(str(path), files, fill_missing)
+            return TensorStoreArray.open(str(path), files, **how)
         metadata = _zarr_metadata(path)
     except OSError as error:
         raise ArrayError(f"{path}: {error.strerror}") from error
-    raw = None if fill_missing else raw_zarr(path, metadata)
-    return raw or TensorStoreArray.open(str(path), files, fill_missing)
+    raw = None if how["fill_missing"] or how["token_major"] else raw_zarr(path, metadata)
+    both = all((path / name).is_file() for name in _ZARR[:2])  # then zarr-python too takes the newer format
+    return raw or TensorStoreArray.open(str(path), files, **how, driver="zarr3" if both else "auto")
 
 
 def _zarr_metadata(path: Path) -> dict[str, Any]:

@@ -1,8 +1,17 @@
-"""Replacing a file in one step that survives a power cut: write beside it, fsync, rename, fsync the directory."""
+"""Replacing a file in one step that survives a power cut: write beside it, fsync, rename, fsync the directory.
+
+What is written beside it has a name that no other writer takes: ``<name>.<owner>-<token>.tmp``. The owner is the
+process that writes, as ``<host>-<boot>-<pid namespace>-<pid>-<start ticks>``; host and boot are digests. So two writers
+of one file never publish each other's halves, and what a killed one left is told from what a living one will rename.
+"""
 
 import errno
+import hashlib
 import io
 import os
+import re
+import secrets
+import socket
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,11 +19,75 @@ from pathlib import Path
 from typing import Any
 
 from cqsa_stream.storage.errors import FullDiskError
+from cqsa_stream.storage.processes import boot, boot_and_start, lives
 
-__all__ = ["TEMPORARY", "make_directory", "open_regular", "replace_file", "sync_directory"]
+__all__ = [
+    "is_temporary",
+    "make_directory",
+    "open_regular",
+    "replace_file",
+    "sweep",
+    "sync_directory",
+    "temporary_name",
+]
 
-TEMPORARY = ".tmp"
+_NAME = re.compile(r"(.+)\.([0-9a-f]{8})-([0-9a-f]{8})-(\d+)-(\d+)-(\d+)-[0-9a-f]{16}\.tmp", re.ASCII)
 _durable: set[Path] = set()
+
+
+def temporary_name(path: Path) -> Path:
+    """Return where this process may write what is to become the file: a name that no other writer has or had."""
+    return path.with_name(f"{path.name}.{_owner()}-{secrets.token_hex(8)}.tmp")
+
+
+def is_temporary(name: str, of: str) -> bool:
+    """Return whether a file of this name was to become the one named ``of``."""
+    match = _NAME.fullmatch(name)
+    return match is not None and match[1] == of
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed processes were writing directly in a directory; what cannot be removed harms nothing.
+
+    The files of living processes stay, and those of other hosts and pid namespaces: of these nobody here knows whether
+    they live.
+    """
+    with suppress(OSError):
+        for name in os.listdir(directory):  # noqa: PTH208 - called often: names are all that is needed
+            if name.endswith(".tmp") and _is_left_over(name):
+                with suppress(OSError):
+                    (directory / name).unlink()
+
+
+def _is_left_over(name: str) -> bool:
+    """Return whether the owner of a temporary file is known to be dead."""
+    match = _NAME.fullmatch(name)
+    running = boot()
+    if match is None or running is None:
+        return False
+    host, booted, namespace, pid, start = match.groups()[1:]
+    if (host, namespace) != (_digest(socket.gethostname()), _pid_namespace()):
+        return False
+    return booted != _digest(running) or not lives(int(pid), start)
+
+
+def _owner() -> str:
+    """Return who writes, for names; where the system does not tell all of it, no sweep understands them."""
+    pid = os.getpid()
+    booted, start = boot_and_start(pid) or ("", "unknown")
+    return f"{_digest(socket.gethostname())}-{_digest(booted)}-{_pid_namespace()}-{pid}-{start}"
+
+
+def _pid_namespace() -> str:
+    """Return the number of the namespace in which this process has its number."""
+    try:
+        return os.readlink("/proc/self/ns/pid").strip("pid:[]")  # noqa: PTH115 - it leads to no path
+    except OSError:
+        return "unknown"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def replace_file(path: Path, parts: Sequence[Any]) -> None:
@@ -23,10 +96,8 @@ def replace_file(path: Path, parts: Sequence[Any]) -> None:
     Whatever fails, the file is whole: it has its old content, or the new. Raises OSError naming it, FullDiskError where
     the disk is full.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = temporary_name(path)
     try:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             for part in parts:
@@ -38,9 +109,11 @@ def replace_file(path: Path, parts: Sequence[Any]) -> None:
             os.close(file)
         temporary.replace(path)
         sync_directory(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise _failure(error, path, sum(memoryview(part).nbytes for part in parts)) from error
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -84,14 +86,20 @@ def open_plain(path: Path, description: str) -> RawArray:
 
 
 def open_memmap(values: np.memmap) -> RawArray | None:
-    """Return the file behind a memory map, or a part of one, that is C-ordered and cannot differ from it."""
+    """Return the file behind a memory map, or a part of one, that is C-ordered and cannot differ from it.
+
+    Raises ArrayError where the file has shrunk: reading the map would end the process.
+    """
     base = values
     while isinstance(base.base, np.memmap):
         base = base.base
+    _refuse_shrunk(base)
     plain = values.flags.c_contiguous and values.dtype.isnative and values.dtype.name in FLOATS
     if values.filename is None or values.mode == "c" or not plain:
         return None
     path, offset = Path(str(values.filename)), base.offset + values.ctypes.data - base.ctypes.data
+    if not _maps(values.ctypes.data, path, offset):
+        return None
     if path.suffix == ".npy":
         try:
             whole = open_npy(path)
@@ -102,6 +110,38 @@ def open_memmap(values: np.memmap) -> RawArray | None:
     if offset:
         return None  # it has no name by which a resumed run could open it
     return open_plain(path, f"{values.dtype.name}:{','.join(map(str, values.shape))}")
+
+
+def _refuse_shrunk(base: np.memmap) -> None:
+    mapped = base.base
+    if not isinstance(mapped, mmap.mmap):
+        return
+    try:
+        size = mapped.size()  # of the file that is mapped, whatever its name is by now
+    except (OSError, ValueError):
+        return
+    expected = base.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY + len(mapped)
+    if size < expected:
+        raise ArrayError(
+            f"{base.filename}: {size} bytes; expected {expected}: truncated since it was mapped; write it again, and "
+            "map it again"
+        )
+
+
+def _maps(address: int, path: Path, offset: int) -> bool:
+    """Return whether memory at an address maps a file, from an offset on, that still has this name."""
+    try:
+        inode, name = path.stat().st_ino, os.fsencode(os.path.realpath(path)).replace(b"\n", b"\\012")
+        with Path("/proc/self/maps").open("rb") as lines:  # start-end permissions offset device inode path
+            for line in lines:
+                span, _, position, _, number, *rest = line.rstrip(b"\n").split(None, 5)
+                start, stop = (int(n, 16) for n in span.split(b"-"))
+                if start <= address < stop:  # the path of a file that was replaced or deleted ends in " (deleted)"
+                    at = int(position, 16) + address - start
+                    return (int(number), rest, at) == (inode, [name], offset)
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def _refuse_lengths(lengths: tuple[int, ...]) -> None:

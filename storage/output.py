@@ -2,6 +2,8 @@
 
 import errno
 import json
+import math
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import tensorstore as ts
 from crc32c import crc32c
 
-from cqsa_stream.storage.atomic import make_directory, replace_file
+from cqsa_stream.storage.atomic import make_directory, replace_file, sweep
 from cqsa_stream.storage.errors import ArrayError, FullDiskError
 from cqsa_stream.storage.retrying import retrying
 from cqsa_stream.storage.tensorstore_array import clean_message, context, system_error
@@ -17,16 +19,18 @@ from cqsa_stream.storage.tensorstore_array import clean_message, context, system
 __all__ = [
     "DIMENSIONS",
     "METADATA",
+    "chunk_is_whole",
     "create_array",
     "described",
     "holds_array",
-    "open_for_writing",
+    "open_output",
     "read",
     "write",
     "write_chunk",
 ]
 
 METADATA = "zarr.json"
+_CHECKSUM_BYTES = 4
 DIMENSIONS = ("batch", "head", "token", "feature")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CODECS: dict[str, list[dict[str, Any]]] = {
@@ -82,8 +86,8 @@ def _spec(
     }
 
 
-def open_for_writing(path: Path) -> ts.TensorStore:
-    """Open an array made by ``create_array``. Raises ArrayError."""
+def open_output(path: Path) -> ts.TensorStore:
+    """Open an array made by ``create_array``, for reading: ``write_chunk`` goes past the handle. Raises ArrayError."""
     spec = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path}/"},
@@ -121,17 +125,35 @@ def write_chunk(array: ts.TensorStore, cell: tuple[int, ...], values: np.ndarray
     """
     chunk = array.chunk_layout.write_chunk.shape
     assert chunk is not None
-    assert array.kvstore is not None
     values = values.reshape((1,) * (len(chunk) - values.ndim) + values.shape)
     if values.shape != tuple(chunk):
         values = np.pad(values, [(0, n - m) for n, m in zip(chunk, values.shape, strict=True)])
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-    root = Path(array.kvstore.path)
-    path = root.joinpath("c", *map(str, cell))
+    root, path = _chunk_path(array, cell)
     if not path.parent.resolve().is_relative_to(root.resolve()):
         raise OSError(errno.ELOOP, "a link leads out of the array; expected its own folder", str(path.parent))
     make_directory(path.parent)
-    replace_file(path, [data, crc32c(data).to_bytes(4, "little")])
+    sweep(path.parent)
+    replace_file(path, [data, crc32c(data).to_bytes(_CHECKSUM_BYTES, "little")])
+
+
+def chunk_is_whole(array: ts.TensorStore, cell: tuple[int, ...]) -> bool:
+    """Return whether a chunk that ``write_chunk`` stored is there, as long as it was; its content is not read."""
+    chunk = array.chunk_layout.write_chunk.shape
+    assert chunk is not None
+    try:
+        found = _chunk_path(array, cell)[1].lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    wanted = math.prod(n or 0 for n in chunk) * array.dtype.numpy_dtype.itemsize + _CHECKSUM_BYTES
+    return stat.S_ISREG(found.st_mode) and found.st_size == wanted
+
+
+def _chunk_path(array: ts.TensorStore, cell: tuple[int, ...]) -> tuple[Path, Path]:
+    """Return the folder of an array on disk, and the file of one of its chunks."""
+    assert array.kvstore is not None
+    root = Path(array.kvstore.path)
+    return root, root.joinpath("c", *map(str, cell))
 
 
 def holds_array(path: Path) -> bool:
@@ -141,7 +163,7 @@ def holds_array(path: Path) -> bool:
 
 def _open(spec: dict[str, Any], path: Path, *, create: bool) -> ts.TensorStore:
     try:
-        return ts.open(spec, context=context(), create=create, open=not create, read=True, write=True).result()
+        return ts.open(spec, context=context(), create=create, open=not create, read=True, write=create).result()
     except (ValueError, OSError) as error:
         found = system_error(error)
         if found is not None and found.errno in _FULL:

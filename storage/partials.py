@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from crc32c import crc32c
 
-from cqsa_stream.storage.atomic import TEMPORARY, make_directory, open_regular, replace_file, sync_directory
+from cqsa_stream.storage.atomic import make_directory, open_regular, replace_file, sweep, sync_directory
 from cqsa_stream.storage.errors import DamagedError
 from cqsa_stream.storage.retrying import retrying
 
@@ -109,8 +109,7 @@ class PartialStore:
         """Create the directory; sweep what a killed process left. Only the holder of the run's lock may call this."""
         self._ours = True
         make_directory(self.directory)
-        for leftover in self.directory.glob("*" + TEMPORARY):
-            leftover.unlink()
+        sweep(self.directory)
 
     def commit(self, lane: int, row: int, cover: int, lse: np.ndarray, out: np.ndarray) -> None:
         """Store a partial durably: after return it survives a crash, before it the previous one does."""

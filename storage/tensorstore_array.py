@@ -5,7 +5,6 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,11 +13,13 @@ import numpy as np
 import tensorstore as ts
 
 from cqsa_stream.storage.errors import ArrayError
+from cqsa_stream.storage.locations import redacted
 from cqsa_stream.storage.raw import CURES, lazy_product
 from cqsa_stream.storage.retrying import retrying
 
 __all__ = ["TensorStoreArray", "clean_message", "context", "system_error"]
 
+_OTHERS_NAME = ("field", "metadata_key", "open_as_void")  # what a spec may say of a folder besides its name
 _REFUSES_MISSING = ("n5", "zarr", "zarr2", "zarr3")  # drivers that can tell a missing chunk from one of zeros
 _RETRIES = {"max_retries": 3, "initial_delay": "200ms", "max_delay": "1s"}
 
@@ -40,14 +41,19 @@ def context() -> ts.Context:
 
 
 def clean_message(error: Exception) -> str:
-    """Return TensorStore's message without its spec and source locations."""
-    return re.split(r" \[(?:tensorstore_spec|source locations|os_error_code)", str(error))[0]
+    """Return TensorStore's message without its spec, its source locations, and the secrets of URLs."""
+    return redacted(re.split(r" \[(?:tensorstore_spec|source locations|os_error_code)", str(error))[0])
 
 
 def system_error(error: Exception) -> OSError | None:
     """Return the system's error behind one of TensorStore's, if there is one; its message names the file."""
     code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
     return OSError(int(code[1]), clean_message(error)) if code else None
+
+
+def _cause(error: Exception) -> Exception | None:
+    """Return what a traceback may show as an error's cause: not what has the secrets of a URL in it."""
+    return system_error(error) or (error if redacted(str(error)) == str(error) else None)
 
 
 class TensorStoreArray:
@@ -74,27 +80,45 @@ class TensorStoreArray:
         self.bytes_read = 0  # of the stored chunks fetched, decoded
 
     @classmethod
-    def open(cls, source: str, kvstore: str | dict[str, Any], fill_missing: bool) -> "TensorStoreArray":
+    def open(
+        cls,
+        source: str,
+        kvstore: str | dict[str, Any],
+        fill_missing: bool,
+        *,
+        token_major: bool = False,
+        driver: str = "auto",
+    ) -> "TensorStoreArray":
         """Open what a key-value store holds. Raises ArrayError in TensorStore's words."""
         try:
-            found = ts.open({"driver": "auto", "kvstore": kvstore}, context=context(), read=True).result()
+            source.encode()
+            found = ts.open({"driver": driver, "kvstore": kvstore}, context=context(), read=True).result()
             spec = _told_of_missing(found.spec().to_json(), fill_missing)
-            return cls(ts.open(spec, context=context(), read=True).result(), source, fill_missing=fill_missing)
+            store = ts.open(spec, context=context(), read=True).result()
+            return cls(_presented(store, token_major), source, fill_missing=fill_missing)
+        except UnicodeEncodeError as error:
+            raise ArrayError(f"{source!a}: a name that is not UTF-8, which TensorStore needs: rename it") from error
         except (ValueError, OSError, NotImplementedError) as error:
-            raise ArrayError(f"{source}: {clean_message(error)}") from error
+            raise ArrayError(f"{source}: {clean_message(error)}") from _cause(error)
 
     @classmethod
-    def of_store(cls, store: ts.TensorStore, fill_missing: bool) -> "TensorStoreArray":
-        """Take an opened array, or a view of one. Where it can be, it is opened again to refuse missing chunks."""
-        spec = store.spec().to_json()
-        with suppress(ValueError, OSError, NotImplementedError):  # what is in memory cannot; ``check`` looks there too
-            store = ts.open(_told_of_missing(spec, fill_missing), context=context(), open=True, read=True).result()
+    def of_store(cls, store: ts.TensorStore, *, fill_missing: bool, token_major: bool = False) -> "TensorStoreArray":
+        """Take an opened array, or a view of one. Where it can be, it is opened again to refuse missing chunks.
+
+        Raises ArrayError where it would show something else then, or does now: a transaction.
+        """
+        if store.transaction is not None:
+            raise ArrayError(
+                "a TensorStore in a transaction, whose writes nobody else sees; commit it and open the array again, "
+                "or pass a store opened without the transaction"
+            )
+        spec = _spec_of(store)
+        store = _opened_again(store, spec, fill_missing)
+        if not store.readable:
+            raise ArrayError("a TensorStore opened for writing only; expected one opened with read=True")
         if any(store.domain.origin):
             store = store[ts.d[:].translate_to[0]]
-        kvstore = spec.get("kvstore", {})
-        path = kvstore.get("path") if isinstance(kvstore, dict) and kvstore.get("driver") == "file" else None
-        whole = path is not None and not _is_view(spec)  # it can be opened again by this name
-        return cls(store, str(Path(str(path))) if whole else "memory", fill_missing=fill_missing)
+        return cls(_presented(store, token_major), _name_of(spec), fill_missing=fill_missing)
 
     def begin(self, in_flight: int) -> None:
         self.in_flight = in_flight
@@ -119,10 +143,10 @@ class TensorStoreArray:
                 fetched += self._fetched(head, token)
             while pending:
                 pending.popleft().result()
-        except (ValueError, OSError, NotImplementedError) as error:
+        except Exception as error:  # of the store, or of what a virtual one calls
             raise ArrayError(
                 f"{self.source}: {clean_message(error)}; write this chunk again (where it is missing: {CURES})"
-            ) from (system_error(error) or error)
+            ) from _cause(error)
         finally:
             for future in pending:  # the buffer must not be written after this call
                 future.commit.exception()
@@ -164,7 +188,78 @@ class TensorStoreArray:
         except (ValueError, OSError, NotImplementedError) as error:
             if "support" in str(error) or isinstance(error, NotImplementedError):
                 return None
-            raise ArrayError(f"{self.source}: {clean_message(error)}") from error
+            raise ArrayError(f"{self.source}: {clean_message(error)}") from _cause(error)
+
+
+def _presented(store: ts.TensorStore, token_major: bool) -> ts.TensorStore:
+    """Return a store with its axes in our order: TensorStore copies from what it decoded, whatever their order is."""
+    return store[ts.d[0, 2, 1, 3].transpose[:]] if token_major and store.rank == 4 else store
+
+
+def _spec_of(store: ts.TensorStore) -> dict[str, Any] | None:
+    """Return a store's spec; None where it has none, or one with all its numbers in it."""
+    base = store
+    while base.base is not None:  # of a cast, or of a store of lower resolution
+        base = base.base
+    if base.kvstore is None and base.chunk_layout.inner_order is not None:  # no stack: an array, or computed
+        return None
+    try:
+        spec: dict[str, Any] = store.spec().to_json()
+    except (ValueError, NotImplementedError):
+        return None
+    return spec
+
+
+def _opened_again(store: ts.TensorStore, spec: dict[str, Any] | None, fill_missing: bool) -> ts.TensorStore:
+    """Return what a store's spec opens now; the store itself where that cannot be: ``check`` looks there too."""
+    if spec is None:
+        return store
+    told = _told_of_missing(spec, fill_missing)
+    try:
+        again = ts.open(told, context=context(), open=True, read=True).result()
+    except (ValueError, OSError, NotImplementedError) as error:
+        drivers = [part.get("driver") for part in _parts(spec)]
+        if "file" not in drivers or "memory" in drivers or "array" in drivers:
+            return store
+        raise ArrayError(
+            f"a TensorStore that cannot be opened again: {clean_message(error)}; another array is there by now, or "
+            "none: open it again"
+        ) from error
+    found, expected = ((tuple(it.domain.origin), tuple(it.shape), it.dtype.name) for it in (again, store))
+    if found != expected:
+        raise ArrayError(
+            f"a TensorStore of shape {expected[1]} and dtype {expected[2]}; where it was opened there is shape "
+            f"{found[1]} and dtype {found[2]} by now: open it again"
+        )
+    return again
+
+
+def _parts(spec: Any) -> Iterator[dict[str, Any]]:
+    """Yield a spec and the specs in it: bases, layers, key-value stores."""
+    if isinstance(spec, dict):
+        yield spec
+    if isinstance(spec, dict | list):
+        for part in spec.values() if isinstance(spec, dict) else spec:
+            yield from _parts(part)
+
+
+def _name_of(spec: dict[str, Any] | None) -> str:
+    """Return the folder by whose name ``open_array`` would open the same array; "memory" where there is none."""
+    kvstore = (spec or {}).get("kvstore")
+    if spec is None or not isinstance(kvstore, dict) or kvstore.get("driver") != "file" or _is_view(spec):
+        return "memory"
+    folder = Path(str(kvstore.get("path"))).absolute()
+    same_format = spec["driver"] in _drivers_by_name(folder) and not any(name in spec for name in _OTHERS_NAME)
+    return str(folder) if same_format else "memory"
+
+
+def _drivers_by_name(folder: Path) -> tuple[str, ...]:
+    """Return the names of the driver that a folder's files call for, as ``open_array`` looks for them."""
+    if (folder / "zarr.json").is_file():
+        return ("zarr3",)
+    if (folder / ".zarray").is_file():
+        return ("zarr", "zarr2")
+    return () if (folder / ".zgroup").is_file() else ("n5",)
 
 
 def _told_of_missing(spec: Any, fill_missing: bool) -> Any:
@@ -187,7 +282,7 @@ def _is_view(spec: dict[str, Any]) -> bool:
 
 def _whole_chunk(store: ts.TensorStore) -> int:
     """Return the elements of a stored chunk in all its dimensions, where the store is a view of some."""
-    spec = store.spec().to_json()
+    spec = _spec_of(store) or {}
     shape = spec.get("metadata", {}).get("chunks") or spec.get("metadata", {}).get("chunk_grid", {}).get(
         "configuration", {}
     ).get("chunk_shape")

@@ -1,20 +1,26 @@
-"""Shared fixtures. Shapes in signatures are checked at run time here, and only here."""
+"""Shared fixtures. Shapes in signatures are checked at run time here, and only here.
+
+Plans depend on how many threads compute and on what ``cqsa bench`` found: the tests, and the processes that they start,
+have two threads, and find nothing.
+"""
 
 import contextlib
 import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-install_import_hook(
-    ["cqsa_stream.partial", "cqsa_stream.kernels.torch_cpu", "cqsa_stream.kernels.reference"], "beartype.beartype"
-)
+CHECKED = ("cqsa_stream.partial", "cqsa_stream.kernels.torch_cpu", "cqsa_stream.kernels.reference")
+if find_spec("beartype"):  # without it shapes are not checked
+    install_import_hook(CHECKED, "beartype.beartype")
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "2"  # before torch is imported
 settings.register_profile("cqsa", deadline=None, max_examples=60)
 settings.load_profile("cqsa")
 
@@ -45,7 +51,30 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
 
 def environment() -> dict[str, str]:
     """The environment of a subprocess that finds the package whether or not it is installed."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+@contextlib.contextmanager
+def stopping_after(steps: int) -> Iterator[None]:
+    """Stop the runs of this process when they have passed so many safe points, whatever time that takes."""
+    left = iter([None] * steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cqsa_stream.stopping.Stopper.__call__", lambda *_: next(left, "stopped"))
+        yield
+
+
+def left_over(path: Path) -> Path:
+    """Return where a process that is dead by now would have written what was to become the file."""
+    from cqsa_stream.storage.atomic import temporary_name
+
+    host, boot, namespace, pid, _, token = temporary_name(path).name.removeprefix(f"{path.name}.").split("-")
+    return path.with_name(f"{path.name}.{host}-{boot}-{namespace}-{pid}-1-{token}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_measured(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No calibration of this machine's user is found."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ def dense(
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
     if causal:
-        position = torch.arange(q.shape[2])[:, None] + q_start
-        scores = scores.masked_fill(torch.arange(k.shape[2])[None, :] > position, -math.inf)
+        position = torch.arange(q.shape[2], device=q.device)[:, None] + q_start
+        scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device)[None, :] > position, -math.inf)
     lse = torch.logsumexp(scores, 3)
     weights = torch.exp(scores - lse[..., None]).nan_to_num(nan=0.0)
     return weights @ v, lse

@@ -26,7 +26,7 @@ from cqsa_stream.storage.arrays import TokenArray, open_array
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.fingerprint import fingerprint
-from cqsa_stream.storage.output import create_array, open_for_writing, write
+from cqsa_stream.storage.output import create_array, open_output, write
 from tests.servers import BUCKET, http_server, s3_server
 
 SHAPE = (2, 3, 100, 8)
@@ -222,7 +222,7 @@ FORMATS: dict[str, tuple[Maker, tuple[str, ...]]] = {
     "torch": (tensor, ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")),
     "zarr object": (lambda path, values: zarr.open_array(by_zarr()(path, values)), ("float32",)),
     "tensorstore object": (
-        lambda path, values: open_for_writing(by_tensorstore("none", (1, 1, 30, 8))(path, values)),
+        lambda path, values: open_output(by_tensorstore("none", (1, 1, 30, 8))(path, values)),
         ("bfloat16",),
     ),
 }
@@ -518,7 +518,7 @@ def in_memory_store(values: np.ndarray) -> ts.TensorStore:
 def test_a_missing_chunk_of_any_tensorstore_is_refused(tmp_path: Path) -> None:
     store = in_memory_store(numbers("float32"))
     store[:, :, :90] = numbers("float32")[:, :, :90]
-    on_disk = open_for_writing(FORMATS["zarr v3 raw"][0](tmp_path, numbers("float32")))
+    on_disk = open_output(FORMATS["zarr v3 raw"][0](tmp_path, numbers("float32")))
     chunk_files(tmp_path / "a.zarr")[3].unlink()
     for broken in (store, on_disk, ts.cast(on_disk, ts.float64)):
         with pytest.raises(ArrayError, match=r"missing"):
@@ -618,7 +618,7 @@ def test_children_of_a_fork_do_not_share_buffers(tmp_path: Path, monkeypatch: py
 
 def test_a_view_of_a_tensorstore_is_read_as_such(tmp_path: Path) -> None:
     values = numbers("float32")
-    store = open_for_writing(FORMATS["tensorstore raw"][0](tmp_path, values))
+    store = open_output(FORMATS["tensorstore raw"][0](tmp_path, values))
     array = open_array(store[:, :, 10:60])
     assert array.shape == (2, 3, 50, 8)
     assert array.source == "memory", "its path names more than the view"

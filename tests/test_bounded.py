@@ -43,7 +43,9 @@ def test_growth_stays_within_the_budget(dtype: str, codec: str, cli: Cli, tmp_pa
     words = ("--heads", 2, "--head-dim", 64, "--dtype", dtype, "--codec", codec, "--chunk-tokens", 4096)
     assert cli("generate", "d", "--tokens", 30_000, *words).returncode == 0
     for schedule, budget in (("rectangular", 48), ("cqs", 64)):
-        found = measured(tmp_path, "d", f"o-{schedule}", is_causal=True, host_memory=f"{budget}MiB", schedule=schedule)
+        found = measured(
+            tmp_path, "d", f"o-{schedule}", is_causal=True, host_memory=f"{budget}MiB", schedule=schedule, device="cpu"
+        )
         assert found["projected"] <= budget * MIB
         assert found["grown"] <= found["projected"]
 
@@ -52,7 +54,9 @@ def test_more_tokens_need_no_more_memory(cli: Cli, tmp_path: Path) -> None:
     words = ("--heads", 1, "--head-dim", 64, "--dtype", "float32")
     for name, tokens in (("short", 40_000), ("long", 160_000)):
         assert cli("generate", name, "--tokens", tokens, *words).returncode == 0
-        found = measured(tmp_path, name, f"o-{name}", host_memory="44MiB", queries=[tokens - 2048, tokens])
+        found = measured(
+            tmp_path, name, f"o-{name}", host_memory="44MiB", queries=[tokens - 2048, tokens], device="cpu"
+        )
         assert found["grown"] <= found["projected"] <= 44 * MIB
 
 
@@ -62,7 +66,8 @@ def test_the_plan_is_kept(schedule: str, extra_mib: int, cli: Cli, tmp_path: Pat
     """A small part of benchmarks/promise.py: from the smallest budget to an ample one, without and with a cache."""
     words = ("--heads", 2, "--kv-heads", 1, "--head-dim", 64, "--dtype", "float16", "--codec", "zstd")
     assert cli("generate", "d", "--tokens", 9000, "--chunk-tokens", 1024, *words).returncode == 0
-    least = json.loads(cli("plan", *INPUTS, "--schedule", schedule, "--causal", "--json").stdout)["host_least_bytes"]
+    plan = ("--schedule", schedule, "--causal", "--device", "cpu", "--json")
+    least = json.loads(cli("plan", *INPUTS, *plan).stdout)["host_least_bytes"]
     exactly = least + extra_mib * MIB
     found = measured(
         tmp_path, "d", "o", is_causal=True, enable_gqa=True, schedule=schedule, host_memory=exactly, device="cpu"

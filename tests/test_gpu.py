@@ -1,15 +1,20 @@
 """The same promises on a CUDA device: exact, within budget, bit-identical after a resume. Run by ``make test-gpu``."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import cqsa_stream as cqsa
 from cqsa_stream.generate import generate
+from cqsa_stream.kernels import merges_at_once
+from tests.conftest import stopping_after
 from tests.reference import dense, error, inputs
 
 pytestmark = [
@@ -19,6 +24,31 @@ pytestmark = [
 MIB = 2**20
 
 
+@pytest.fixture(autouse=True)
+def empty_device() -> Iterator[None]:
+    """What one test leaves on the device is not counted as the next one's."""
+    clear()
+    yield
+    clear()
+
+
+def clear() -> None:
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+
+
+def expected_of(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) by the formula in float64, computed on the device: it takes the CPU minutes."""
+    out, lse = dense(q.float().cuda(), k.float().cuda(), v.float().cuda(), causal=causal)
+    return out.cpu(), lse.cpu()
+
+
+def skip_without_cupy() -> None:
+    if not merges_at_once(torch.device("cuda")):
+        pytest.skip("no CuPy")
+
+
 @pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -26,7 +56,7 @@ def test_exact(dtype: torch.dtype, causal: bool, schedule: str) -> None:
     """16-bit tiles come rounded from the vendor's kernel: a 16-bit output is rounded twice."""
     for kind in ("normal", "uniform", "peaked", "sink", "early keys unseen"):
         q, k, v = inputs(kind, dtype, 4, 2, 3000, 64)
-        expected, expected_lse = dense(q, k, v, causal=causal)
+        expected, expected_lse = expected_of(q, k, v, causal=causal)
         in_core = scaled_dot_product_attention(q.cuda(), k.cuda(), v.cuda(), is_causal=causal, enable_gqa=True).cpu()
         out, lse = cqsa.attention(
             q, k, v, is_causal=causal, enable_gqa=True, device="cuda", schedule=schedule, chunks=13, return_lse=True
@@ -42,7 +72,7 @@ def test_exact(dtype: torch.dtype, causal: bool, schedule: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_float8_is_upcast_on_the_device(dtype: torch.dtype, tmp_path: Path) -> None:
     q, k, v = (x.to(dtype) for x in inputs("normal", torch.float32, 4, 2, 3000, 64))
-    expected, _ = dense(q, k, v, causal=True)
+    expected, _ = expected_of(q, k, v, causal=True)
     wide_q, wide_k, wide_v = (x.half().cuda() for x in (q, k, v))
     in_core = scaled_dot_product_attention(wide_q, wide_k, wide_v, is_causal=True, enable_gqa=True).cpu()
     options: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "device": "cuda", "chunks": 13}
@@ -72,15 +102,9 @@ def test_resumed_runs_are_bit_identical_and_within_budget(schedule: str, tmp_pat
     whole = cqsa.attention(q, k, v, out=tmp_path / "whole", **options).read().result()
     status = cqsa.open_run(tmp_path / "whole.run").status()
     assert 0 < status["device_peak_bytes"] <= 160 * MIB
-    stops = 0
-    for _ in range(60):
-        try:
-            cqsa.attention(q, k, v, out=tmp_path / "out", max_seconds=0.1, **options)
-        except cqsa.RunStopped:
-            stops += 1
-        else:
-            break
-    assert stops > 0
+    for steps in (0, 3, 11, 30):
+        with stopping_after(steps), pytest.raises(cqsa.RunStopped):
+            cqsa.attention(q, k, v, out=tmp_path / "out", **options)
     found = cqsa.open_run(tmp_path / "out.run").resume()
     np.testing.assert_array_equal(found.output().read().result().view(np.uint16), whole.view(np.uint16))
     assert found.verify(rows=64).ok
@@ -88,8 +112,8 @@ def test_resumed_runs_are_bit_identical_and_within_budget(schedule: str, tmp_pat
 
 def test_a_run_moves_between_devices(tmp_path: Path) -> None:
     q, k, v = generate(tmp_path / "d", tokens=20_000, heads=2, head_dim=64, dtype="float16")
-    with pytest.raises(cqsa.RunStopped):
-        cqsa.attention(q, k, v, out=tmp_path / "out", device="cpu", chunks=31, max_seconds=0.5)
+    with stopping_after(20), pytest.raises(cqsa.RunStopped):
+        cqsa.attention(q, k, v, out=tmp_path / "out", device="cpu", chunks=31)
     cqsa.attention(q, k, v, out=tmp_path / "out", device="cuda")
     assert cqsa.open_run(tmp_path / "out.run").verify().ok
 
@@ -98,10 +122,10 @@ def test_a_run_moves_between_devices(tmp_path: Path) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_cupy_kernel_is_at_least_as_exact_as_the_vendors(dtype: torch.dtype, causal: bool) -> None:
     """An independent implementation: no tile is rounded to 16 bits, no product is tf32."""
-    pytest.importorskip("cupy")
+    skip_without_cupy()
     for kind in ("normal", "peaked", "sink", "early keys unseen"):
         q, k, v = inputs(kind, dtype, 4, 2, 9000, 64)
-        expected, expected_lse = dense(q, k, v, causal=causal)
+        expected, expected_lse = expected_of(q, k, v, causal=causal)
         in_core = scaled_dot_product_attention(q.cuda(), k.cuda(), v.cuda(), is_causal=causal, enable_gqa=True).cpu()
         out, lse = cqsa.attention(
             q, k, v, is_causal=causal, enable_gqa=True, device="cuda", chunks=7, kernel="cupy", return_lse=True
@@ -132,7 +156,7 @@ def test_partials_park_in_host_memory_while_others_compute(tmp_path: Path) -> No
 def test_memory_as_the_driver_sees_it(schedule: str, kernel: str, tmp_path: Path) -> None:
     """What the process holds on the device is the budget and what is reserved for context and libraries, at most."""
     if kernel == "cupy":
-        pytest.importorskip("cupy")
+        skip_without_cupy()
     q, k, v = generate(tmp_path / "d", tokens=100_000, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16")
     options: dict[str, Any] = {"enable_gqa": True, "device": "cuda", "schedule": schedule, "device_memory": "256MiB"}
     cqsa.attention(q, k, v, out=tmp_path / "out", kernel=kernel, host_memory="4GiB", **options)

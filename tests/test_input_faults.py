@@ -91,7 +91,7 @@ def test_a_chunk_that_is_wrong_before(
 ) -> None:
     make(tmp_path, codec)
     fault(last_chunk(tmp_path))
-    found = cli("run", *QKV, "out", "--host-memory", "64MiB")
+    found = cli("run", *QKV, "out", "--device", "cpu", "--host-memory", "64MiB")
     assert found.returncode == 2
     assert word in found.stderr
     assert "value: " in found.stderr
@@ -102,7 +102,7 @@ def test_a_chunk_that_is_wrong_before(
 
 def test_a_missing_chunk_on_resume_is_told_before_work_begins(tmp_path: Path, cli: Cli) -> None:
     make(tmp_path)
-    assert cli("run", *QKV, "out", "--max-seconds", 0).returncode == 3
+    assert cli("run", *QKV, "out", "--device", "cpu", "--max-seconds", 0).returncode == 3
     missing(last_chunk(tmp_path))
     assert cli("run", *QKV, "out").returncode == 2
     assert json.loads(cli("status", "out.run", "--json").stdout)["sessions"] == 1
@@ -112,9 +112,10 @@ def test_a_missing_chunk_on_resume_is_told_before_work_begins(tmp_path: Path, cl
 def test_8_bit_and_64_bit_inputs(dtype: str, tmp_path: Path, cli: Cli) -> None:
     words = ("--tokens", 2000, "--heads", 2, "--kv-heads", 1, "--head-dim", 32, "--dtype", dtype)
     assert cli("generate", "d", *words).returncode == 0
-    ran = cli("run", *(f"d/{n}.zarr" for n in QKV), "out", "--causal", "--max-seconds", 0, "--chunks", 21)
+    run = ("run", *(f"d/{n}.zarr" for n in QKV), "out", "--causal", "--device", "cpu")
+    ran = cli(*run, "--max-seconds", 0, "--chunks", 21)
     assert ran.returncode == 3, ran.stderr
-    assert cli("run", *(f"d/{n}.zarr" for n in QKV), "out", "--causal").returncode == 0
+    assert cli(*run).returncode == 0
     verified = json.loads(cli("verify", "out.run", "--json").stdout)
     assert verified["ok"]
     assert verified["tolerance"] < (1e-12 if dtype == "float64" else 1e-2)

@@ -96,7 +96,8 @@ def attended(
     kernel: Kernel, device: str, dtype: torch.dtype, *qkv: torch.Tensor, mask: TileMask = "full"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out and lse of one head, by float64 tensors on the CPU."""
-    out, lse = kernel.attend(*(x[None].to(device, dtype) for x in qkv), mask, 1.0)
+    q, k, v = (x[None].to(device, dtype) for x in qkv)
+    out, lse = kernel.attend(q, k, v, mask, 1.0)
     return out[0].cpu().double(), lse[0].cpu().double()
 
 

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cqsa_stream.storage.partials import PartialStore
+from tests.conftest import left_over
 
 RUN = bytes(range(32))
 ROWS = [(10, 40), (10, 40), (4, 16)]
@@ -68,7 +69,7 @@ def test_space_does_not_grow_with_commits(tmp_path: Path) -> None:
 def test_leftovers_are_swept(tmp_path: Path) -> None:
     found = store(tmp_path)
     found.commit(0, 0, 1, *numbers(0))
-    (tmp_path / "partials" / "000000-000001.partial.tmp").write_bytes(b"half")
+    left_over(tmp_path / "partials" / "000000-000001.partial").write_bytes(b"half")
     assert store(tmp_path).covers() == [{0: 1}, {}]
     assert len(list((tmp_path / "partials").iterdir())) == 1
 

@@ -1,11 +1,9 @@
 """Durability: real processes killed at real moments, then resumed, end bit-identical to an uninterrupted run."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,8 @@ import torch
 import zarr
 
 import cqsa_stream as cqsa
-from tests.conftest import COMMAND, Cli, environment
+from tests.conftest import Cli, environment, stopping_after
+from tests.holding import HELD, HOLDING, wait_for
 from tests.reference import inputs
 
 TOKENS, HEADS = 6000, 2
@@ -27,15 +26,18 @@ def data(cli: Cli) -> None:
     assert cli("generate", "d", *words).returncode == 0
 
 
-def start(tmp_path: Path, out: str, *words: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [*COMMAND, "run", *QKV, out, *map(str, words)],
+def held(tmp_path: Path, out: str, *words: object) -> "subprocess.Popen[str]":
+    """Return the process of a run that is held at a safe point now."""
+    process = subprocess.Popen(
+        [*HOLDING, "run", *QKV, out, *map(str, words)],
         cwd=tmp_path,
-        env=environment(),
+        env={**environment(), "HOLD_AT": "5"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     )
+    assert wait_for(tmp_path / HELD, process), process.communicate()
+    return process
 
 
 def result(path: Path) -> tuple[bytes, bytes]:
@@ -45,18 +47,10 @@ def result(path: Path) -> tuple[bytes, bytes]:
     )  # type: ignore[return-value]
 
 
-def wait_for_work(run: Path, process: "subprocess.Popen[str]", timeout: float = 60) -> None:
-    """Wait until the process has begun to compute."""
-    deadline = time.monotonic() + timeout
-    while not (run / "events.jsonl").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.usefixtures("data")
 def test_what_status_calls_done_is_not_computed_again(cli: Cli, tmp_path: Path) -> None:
-    assert cli("run", *QKV, "out", "--chunks", 31, "--max-seconds", 0.3).returncode == 3
+    with stopping_after(12):
+        assert cli("run", *QKV, "out", "--chunks", 31).returncode == 3
     before = json.loads(cli("status", "out.run", "--json").stdout)
     assert 0 < before["pairs_done"] < before["pairs_total"]
     finished = cli("run", *QKV, "out", "--json", "--quiet")
@@ -72,11 +66,11 @@ def before_total(status: dict[str, int]) -> int:
 
 @pytest.mark.usefixtures("data")
 def test_resume_under_another_schedule_and_budget_is_exact(cli: Cli, tmp_path: Path) -> None:
-    assert (
-        cli("run", *QKV, "out", "--causal", "--schedule", "cqs", "--max-seconds", 0.2, "--chunks", 21).returncode == 3
-    )
-    words = ("--schedule", "rectangular", "--host-memory", "30MiB")
-    assert cli("run", *QKV, "out", "--causal", *words, "--max-seconds", 0.2).returncode in (0, 3)
+    with stopping_after(12):
+        assert cli("run", *QKV, "out", "--causal", "--schedule", "cqs", "--chunks", 21).returncode == 3
+    words = ("--schedule", "rectangular", "--device", "cpu", "--host-memory", "30MiB")
+    with stopping_after(7):
+        assert cli("run", *QKV, "out", "--causal", *words).returncode == 3
     assert cli("run", *QKV, "out", "--causal", "--schedule", "cqs").returncode == 0
     assert json.loads(cli("verify", "out.run", "--json").stdout)["ok"]
 
@@ -84,11 +78,9 @@ def test_resume_under_another_schedule_and_budget_is_exact(cli: Cli, tmp_path: P
 @pytest.mark.usefixtures("data")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 3)])
 def test_a_signal_stops_at_a_checkpoint(number: signal.Signals, code: int, cli: Cli, tmp_path: Path) -> None:
-    process = start(tmp_path, "out", "--chunks", 57)
-    wait_for_work(tmp_path / "out.run", process)
-    time.sleep(0.2)
+    process = held(tmp_path, "out", "--chunks", 21)
     process.send_signal(number)
-    _, message = process.communicate(timeout=20)
+    _, message = process.communicate(timeout=300)
     assert process.returncode == code, message
     assert "same command resumes" in message
     stopped = json.loads(cli("status", "out.run", "--json").stdout)
@@ -98,9 +90,7 @@ def test_a_signal_stops_at_a_checkpoint(number: signal.Signals, code: int, cli: 
 
 @pytest.mark.usefixtures("data")
 def test_one_process_at_a_time(cli: Cli, tmp_path: Path) -> None:
-    process = start(tmp_path, "out", "--chunks", 307)
-    wait_for_work(tmp_path / "out.run", process)
-    os.kill(process.pid, signal.SIGSTOP)
+    process = held(tmp_path, "out", "--chunks", 21)
     try:
         status = json.loads(cli("status", "out.run", "--json").stdout)
         assert status["pid"] == process.pid
@@ -129,9 +119,11 @@ def test_damaged_partials_are_computed_again(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("data")
 def test_an_output_that_is_gone_is_computed_again(cli: Cli, tmp_path: Path) -> None:
-    words = ("--causal", "--chunks", 21, "--schedule", "rectangular", "--host-memory", "30MiB")
+    words = ("--causal", "--chunks", 21, "--schedule", "rectangular", "--device", "cpu", "--host-memory", "30MiB")
     assert cli("run", *QKV, "whole", *words).returncode == 0
-    assert cli("run", *QKV, "out", *words, "--max-seconds", 0.2).returncode == 3
+    with stopping_after(40):
+        assert cli("run", *QKV, "out", *words).returncode == 3
+    assert json.loads(cli("status", "out.run", "--json").stdout)["rows_done"] > 0
     subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
     assert cli("run", *QKV, "out", *words).returncode == 0
     assert result(tmp_path / "out") == result(tmp_path / "whole")
@@ -141,17 +133,16 @@ def test_the_python_call_resumes_too(tmp_path: Path) -> None:
     q, k, v = inputs("normal", torch.float32, 1, 1, 3000, 32)
     out = tmp_path / "out"
     with pytest.raises(cqsa.RunStopped):
-        cqsa.attention(q, k, v, is_causal=True, out=out, chunks=21, max_seconds=0.0)
+        cqsa.attention(q, k, v, is_causal=True, out=out, chunks=21, schedule="cqs", max_seconds=0.0)
     run = cqsa.open_run(tmp_path / "out.run")
     assert not run.status()["complete"]
     with pytest.raises(cqsa.InputError, match="in memory"):
         run.resume()
-    stored, lse = cqsa.attention(q, k, v, is_causal=True, out=out, return_lse=True)
+    stored, lse = cqsa.attention(q, k, v, is_causal=True, out=out, schedule="cqs", return_lse=True)
     expected, expected_lse = cqsa.attention(q, k, v, is_causal=True, return_lse=True, chunks=21, schedule="cqs")
     assert run.status()["complete"]
-    if run.status()["schedule"] == "cqs":
-        np.testing.assert_array_equal(stored.read().result(), expected.numpy())
-        np.testing.assert_array_equal(lse.read().result(), expected_lse.numpy())
+    np.testing.assert_array_equal(stored.read().result(), expected.numpy())
+    np.testing.assert_array_equal(lse.read().result(), expected_lse.numpy())
 
 
 def test_a_run_is_resumed_from_its_directory(cli: Cli, tmp_path: Path) -> None:
@@ -175,7 +166,8 @@ def test_a_run_can_be_moved(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("data")
 def test_every_partial_damaged_at_once_is_survived(cli: Cli, tmp_path: Path) -> None:
-    words = ("--chunks", 7, "--schedule", "rectangular", "--host-memory", "48MiB", "--max-seconds", 0)
+    budget = ("--device", "cpu", "--host-memory", "48MiB")
+    words = ("--chunks", 7, "--schedule", "rectangular", *budget, "--max-seconds", 0)
     for _ in range(2):
         assert cli("run", *QKV, "out", *words).returncode == 3
     damaged = [p for p in (tmp_path / "out.run" / "partials").iterdir() if p.stat().st_size > 4096]

@@ -11,6 +11,8 @@ import cupy
 import torch
 from torch import Tensor
 
+from cqsa_stream.streams import Foreign
+
 __all__ = ["fold"]
 
 _WARPS = 8
@@ -79,7 +81,7 @@ def fold(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None:
         return
     even = not any(n % 2 for n in (dim, *out.stride()[:2], *tile_out.stride()[:2], tile_out.storage_offset()))
     tile_lse = tile_lse.float()
-    with cupy.cuda.Stream.from_external(torch.cuda.current_stream(out.device)):
+    with cupy.cuda.Stream.from_external(Foreign(torch.cuda.current_stream(out.device))):
         _kernel(tile_out.dtype, 2 if even else 1)(
             (-(-heads * rows // _WARPS),),
             (32 * _WARPS,),

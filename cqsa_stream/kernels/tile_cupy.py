@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cqsa_stream.schedulers.masks import TileMask
 from cqsa_stream.schedulers.memory import Tile
+from cqsa_stream.streams import Foreign
 
 __all__ = ["CupyKernel"]
 
@@ -87,7 +88,7 @@ class CupyKernel:
         out = q.new_zeros(heads, rows, dim)
         highest, total = q.new_full((heads, rows), -torch.inf), q.new_zeros(heads, rows)
         scores = q.new_empty(heads * rows * min(KEYS, keys))
-        with cupy.cuda.Stream.from_external(torch.cuda.current_stream(q.device)):
+        with cupy.cuda.Stream.from_external(Foreign(torch.cuda.current_stream(q.device))):
             for first in range(0, keys, KEYS):
                 part = slice(first, min(first + KEYS, keys))
                 width = part.stop - part.start

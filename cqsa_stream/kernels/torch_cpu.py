@@ -52,10 +52,10 @@ class TorchCpuKernel:
 
 
 def _mend(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float) -> None:
-    """Compute those rows anew, by the formula, that the operator may have got wrong; of ordinary numbers there are none.
+    """Compute those rows anew, by the formula, that the operator may have got wrong; as a rule there are none.
 
-    It gives lse 0 to a row all of whose scores are -inf, and so may a row have whose lse is 0; and it multiplies values
-    that are inf or NaN by the weight 0 of a key that the row does not see.
+    It gives lse 0 to a row all of whose scores are -inf, and a lse can be 0; and it multiplies values that are inf or
+    NaN by the weight 0 of a key that the row does not see.
     """
     odd = (lse == 0) | ~out.sum(2).isfinite()
     if not odd.any():
@@ -63,7 +63,7 @@ def _mend(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: TileM
     group = q.shape[0] // k.shape[0]
     for head in range(q.shape[0]):
         keys, values = (x[head // group, None] for x in (k, v))
-        for rows in odd[head].nonzero()[:, 0].split(_ROWS):
+        for rows in torch.split(odd[head].nonzero()[:, 0], _ROWS):
             found = v.new_zeros(1, len(rows), v.shape[2])
             found_lse = v.new_full((1, len(rows)), -torch.inf, dtype=torch.float64)
             for first in range(0, k.shape[1], _KEYS):

@@ -69,8 +69,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
 
 def _without_unseen(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Give (0, -inf) to rows all of whose scores are -inf: of these flash says +inf, as it does where out is NaN."""
-    wrong = out[..., 0].isnan()
-    lse = torch.where(lse.isposinf(), torch.where(wrong, torch.nan, -torch.inf), lse)
+    unseen, wrong = lse.isposinf(), out[..., 0].isnan()
+    lse.masked_fill_(unseen, -torch.inf).masked_fill_(unseen.logical_and_(wrong), torch.nan)
     return out.masked_fill_(lse.isneginf().unsqueeze(-1), 0.0), lse
 
 

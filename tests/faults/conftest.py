@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, library: Path) -> Cqsa:
 
 
 @pytest.fixture
-def cqsa(made: Cqsa, tmp_path: Path) -> Cqsa:
+def cqsa(made: Cqsa, tmp_path: Path) -> Iterator[Cqsa]:
     """The command line in an empty folder but for the inputs."""
     (tmp_path / "d").symlink_to(made.folder / "d")
-    return Cqsa(tmp_path, made.library)
+    with Cqsa(tmp_path, made.library) as found:
+        yield found

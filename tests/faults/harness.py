@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import zarr
 
 from cqsa_stream import open_run
 from tests.conftest import COMMAND, environment
+from tests.holding import HELD, HOLDING, wait_for
 
 QKV = ("d/q.zarr", "d/k.zarr", "d/v.zarr")
 SCHEDULES = ("cqs", "rectangular")
@@ -28,23 +29,54 @@ class Cqsa:
 
     folder: Path
     library: Path
+    started: "list[subprocess.Popen[str]]" = field(default_factory=list)
+
+    def __enter__(self) -> "Cqsa":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave no process behind: one that is held would go on for long."""
+        for process in self.started:
+            if process.poll() is None:
+                kill(process)
 
     def start(self, *words: object, faults: str = "", **variables: object) -> "subprocess.Popen[str]":
         """Start a command; ``faults`` as faulty.c reads them, ``variables`` of its environment."""
-        added = {"FAULTS": faults, "LD_PRELOAD": str(self.library), **{k: str(v) for k, v in variables.items()}}
-        return subprocess.Popen(
-            [*COMMAND, *map(str, words)],
+        return self._start([*COMMAND, *map(str, words)], {"FAULTS": faults, **variables})
+
+    def _start(self, command: list[str], variables: dict[str, object]) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            command,
             cwd=self.folder,
-            env={**environment(), **added},
+            env={**environment(), "LD_PRELOAD": str(self.library), **{k: str(v) for k, v in variables.items()}},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.started.append(process)
+        return process
+
+    def start_holding(self, how: Sequence[str], *options: object, at: int = 0) -> "subprocess.Popen[str]":
+        """Start to compute out of the inputs in ./d by one of the commands of holding.py."""
+        (self.folder / HELD).unlink(missing_ok=True)
+        return self._start([*how, "run", *QKV, "out", *map(str, options), "--quiet"], {"HOLD_AT": at})
+
+    def held(self, *options: object, at: int = 0) -> "subprocess.Popen[str]":
+        """Return the process of a run that is held at a safe point now, the first being number 0."""
+        process = self.start_holding(HOLDING, *options, at=at)
+        assert wait_for(self.folder / HELD, process), process.communicate()
+        return process
+
+    def let_run(self, process: "subprocess.Popen[str]", seconds: float) -> None:
+        """Wait for so long, or until the process is held, or has ended."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and process.poll() is None and not (self.folder / HELD).exists():
+            time.sleep(0.002)
 
     def __call__(self, *words: object, faults: str = "", **variables: object) -> "subprocess.CompletedProcess[str]":
         """Run a command to its end."""
         process = self.start(*words, faults=faults, **variables)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         assert "Traceback" not in err, err
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -92,17 +124,6 @@ def options(schedule: str, *more: object) -> tuple[object, ...]:
     budget = "26MiB" if schedule == "cqs" else "25MiB"
     fixed = ("--causal", "--device", "cpu", "--chunks", 21, "--schedule", schedule, "--host-memory", budget)
     return (*fixed, "--checkpoint-every", INTERVAL_S, *more)
-
-
-def wait_for(path: Path, process: "subprocess.Popen[str]", timeout_s: float = 60) -> bool:
-    """Wait until a file is there; return False where the process ends before."""
-    deadline = time.monotonic() + timeout_s
-    while not path.exists():
-        if process.poll() is not None:
-            return False
-        assert time.monotonic() < deadline, f"no {path} in {timeout_s} s"
-        time.sleep(0.002)
-    return True
 
 
 def kill(process: "subprocess.Popen[str]") -> float:

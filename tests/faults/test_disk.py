@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import QKV, SCHEDULES, Cqsa, is_root, options, wait_for
+from tests.faults.harness import SCHEDULES, Cqsa, is_root, options
+from tests.holding import go_on
 
 EIO, ENOSPC = 5, 28
 FOREVER = -1
@@ -19,10 +20,10 @@ READS = {
     "value": ("read:*/v.zarr/c/*", "v.zarr/c/"),
 }
 WRITES = {
-    "manifest": ("write:*/run.json.tmp:1", "run.json"),
+    "manifest": ("write:*/run.json.*.tmp:1", "run.json"),
     "manifest, rename": ("rename:*/run.json:1", "run.json"),
-    "partial": ("write:*.partial.tmp:9", ".partial"),
-    "partial, fsync": ("fsync:*.partial.tmp:9", ".partial"),
+    "partial": ("write:*.partial.*.tmp:9", ".partial"),
+    "partial, fsync": ("fsync:*.partial.*.tmp:9", ".partial"),
     "partial, rename": ("rename:*.partial:9", ".partial"),
     "partial, directory": ("fsync:*/partials:9", ".partial"),
     "output": ("write:*/out/c/*:3", "out/c/"),
@@ -124,17 +125,24 @@ def small(cqsa: Cqsa) -> Iterator[Cqsa]:
         pytest.skip("no file system can be mounted here")
     try:
         (mount / "d").symlink_to(cqsa.folder / "d")
-        yield Cqsa(mount, cqsa.library)
+        with Cqsa(mount, cqsa.library) as found:
+            yield found
     finally:
         subprocess.run(["umount", str(mount)], check=True)
 
 
 def ballast(folder: Path, keep: int) -> Path:
-    """Fill the file system but for so many bytes."""
+    """Fill the file system but for so many bytes, whatever else is being written there."""
     file = folder / "ballast"
     with file.open("wb") as target:
-        os.posix_fallocate(target.fileno(), 0, shutil.disk_usage(folder).free - keep)
-    return file
+        while True:
+            try:
+                os.posix_fallocate(target.fileno(), 0, shutil.disk_usage(folder).free - keep)
+            except OSError as error:
+                if error.errno != ENOSPC:
+                    raise
+            else:
+                return file
 
 
 def test_a_disk_too_small_is_told_before(small: Cqsa) -> None:
@@ -149,10 +157,10 @@ def test_a_disk_too_small_is_told_before(small: Cqsa) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("keep", [0, 100_000, 1 << 20, 3 << 20])
 def test_a_disk_that_fills_up(keep: int, schedule: str, small: Cqsa, made: Cqsa) -> None:
-    process = small.start("run", *QKV, "out", *options(schedule), "--quiet")
-    assert wait_for(small.folder / "out.run/run.json", process)
+    process = small.held(*options(schedule))
     file = ballast(small.folder, keep)
-    _, message = process.communicate(timeout=60)
+    go_on(small.folder)
+    _, message = process.communicate(timeout=300)
     assert process.returncode == 3, message
     assert "disk full" in message
     assert "MiB more" in message

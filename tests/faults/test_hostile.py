@@ -23,6 +23,7 @@ from cqsa_stream.manifest import Manifest
 from cqsa_stream.meter import HostPeak
 from cqsa_stream.run import RunDirectory
 from cqsa_stream.storage.arrays import open_array
+from cqsa_stream.storage.atomic import temporary_name
 from cqsa_stream.storage.output import create_array, write
 from tests.conftest import ROOT, Cli
 
@@ -33,6 +34,7 @@ NASTY: list[Any] = [
     {"a": {}}, "bfloat16", "int8", "zstd", "http://127.0.0.1:1/x",
 ]  # fmt: skip
 BUDGET_MIB = 64
+HANG_S = 120
 QKV = ("d/q.zarr", "d/k.zarr", "d/v.zarr")
 
 
@@ -130,7 +132,7 @@ def test_forged_manifests(data: st.DataObject, stopped: Path) -> None:
         pass
     assert outside(stopped) == before
     assert host.bytes() < BUDGET_MIB << 20
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < HANG_S
 
 
 @settings(max_examples=100)
@@ -199,7 +201,7 @@ def test_hostile_zarr_metadata(data: st.DataObject, codec: str, stopped: Path) -
     after = outside(stopped)
     assert {p for p in after if p not in before} == set()
     assert host.bytes() < BUDGET_MIB << 20
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < HANG_S
 
 
 @pytest.mark.parametrize("axis", range(4))
@@ -252,7 +254,7 @@ def test_nothing_here_runs_what_a_file_says() -> None:
     assert found == []
 
 
-def test_what_leads_out_of_the_output_is_refused(cli: Cli, tmp_path: Path) -> None:
+def test_what_leads_out_of_the_output_is_refused(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli("generate", "d", "--tokens", 300, "--heads", 1, "--head-dim", 16).returncode == 0
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -265,7 +267,8 @@ def test_what_leads_out_of_the_output_is_refused(cli: Cli, tmp_path: Path) -> No
         assert found.returncode == 1
         assert "a link leads out" in found.stderr
         place.unlink()
-    (tmp_path / "out.run/session.json.new").symlink_to(tmp_path / "victim")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "0123456789abcdef")
+    temporary_name(tmp_path / "out.run/session.json").symlink_to(tmp_path / "victim")
     assert cli("run", *QKV, "out").returncode == 0
     assert list(outside.iterdir()) == []
     assert (tmp_path / "victim").read_text() == "mine"

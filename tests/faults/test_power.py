@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from cqsa_stream.errors import InputError
-from tests.faults.harness import QKV, SCHEDULES, Cqsa, is_root, kill, options, wait_for
+from tests.faults.harness import SCHEDULES, Cqsa, is_root, kill, options
+from tests.holding import HOLDING, wait_for
 
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
 _NO_LOG_FLUSH = 2
@@ -37,7 +38,7 @@ class Disk:
         subprocess.run(["mount", "-o", "loop", str(self.image), str(self.mount)], check=True, capture_output=True)
 
     def detach(self) -> None:
-        for _ in range(50):  # a loop device may be busy for a moment after a cut
+        for _ in range(600):  # a loop device may be busy for a moment after a cut
             if subprocess.run(["umount", str(self.mount)], capture_output=True).returncode == 0:
                 return
             time.sleep(0.1)
@@ -75,9 +76,9 @@ def cut_until_done(cqsa: Cqsa, disk: Disk, schedule: str, cuts: int, chance: ran
     """Cut the power under a run at random instants; return how often, before it was complete."""
     for count in range(cuts):
         (cqsa.folder / "out.run/session.json").unlink(missing_ok=True)
-        process = cqsa.start("run", *QKV, "out", *options(schedule), "--quiet")
+        process = cqsa.start_holding(HOLDING, *options(schedule), at=chance.randrange(40))
         if wait_for(cqsa.folder / "out.run/session.json", process):
-            time.sleep(chance.random() * 0.5)
+            cqsa.let_run(process, chance.random() * 0.5)
         before = status(cqsa)
         disk.cut()
         kill(process)

@@ -11,7 +11,8 @@ import pytest
 import torch
 import zarr
 
-from tests.faults.harness import QKV, Cqsa, kill, wait_for
+from tests.faults.harness import QKV, Cqsa, kill
+from tests.holding import wait_for
 from tests.reference import dense, error
 
 SECONDS = float(os.environ.get("CQSA_SOAK_SECONDS", "600"))
@@ -38,7 +39,7 @@ def one_session(cqsa: Cqsa, chance: random.Random) -> str:
         kill(process)
     else:
         process.send_signal(2 if how == "interrupt" else 15)
-        process.communicate(timeout=30)
+        process.communicate(timeout=300)
     assert process.returncode in (0, 3, 130, -9, -2, -15)
     return "done" if process.returncode == 0 else how
 
