@@ -112,6 +112,7 @@ class Stage:
             narrow = self._narrow[: loaded.values.numel()].view(loaded.values.shape)
             narrow.copy_(loaded.values, non_blocking=True)
             target.copy_(narrow)
-        else:
-            target.copy_(loaded.values, non_blocking=True)
+        else:  # head by head: a part of each would first be copied to memory of its own
+            for place, values in zip(target, loaded.values, strict=True):
+                place.copy_(values, non_blocking=True)
         loaded.release(mark() if self._cuda else None)
