@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import cqsa_stream as cqsa
 from cqsa_stream.errors import NoMemoryError, RunInterrupted
 from cqsa_stream.events import Event, Progressed, Started
 from tests.conftest import environment
+from tests.servers import http_server
 
 CPU: dict[str, Any] = {"device": "cpu", "schedule": "rectangular"}
 
@@ -380,34 +381,31 @@ def test_a_zarr_array_by_a_relative_path_is_found_again(tmp_path: Path, monkeypa
     assert cqsa.open_run(tmp_path / "out.run").verify(rows=20).ok
 
 
-def test_a_url_in_a_run_directory_is_fetched_only_when_asked(tmp_path: Path) -> None:
-    from tests.servers import http_server
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The URL of a folder with q.zarr, k.zarr and v.zarr."""
+    import zarr
 
     for name, tensor in zip("qkv", qkv(), strict=True):
-        import zarr
-
         zarr.create_array(tmp_path / f"{name}.zarr", data=tensor.numpy(), config={"write_empty_chunks": True})
     with http_server() as url:
-        urls: Any = [f"{url}{tmp_path}/{name}.zarr" for name in "qkv"]
-        cqsa.attention(*urls, out=tmp_path / "out")
-        run = cqsa.open_run(tmp_path / "out.run")
-        for act in (run.verify, run.resume):
-            with pytest.raises(cqsa.InputError, match="--fetch"):
-                act()
-        assert run.verify(rows=20, fetch=True).ok
-        assert run.resume(fetch=True).status()["complete"]
+        yield f"{url}{tmp_path}"
 
 
-def test_credentials_are_not_kept(tmp_path: Path) -> None:
-    from tests.servers import http_server
+def test_a_url_in_a_run_directory_is_fetched_only_when_asked(served: str, tmp_path: Path) -> None:
+    urls: Any = [f"{served}/{name}.zarr" for name in "qkv"]
+    cqsa.attention(*urls, out=tmp_path / "out")
+    run = cqsa.open_run(tmp_path / "out.run")
+    for act in (run.verify, run.resume):
+        with pytest.raises(cqsa.InputError, match="--fetch"):
+            act()
+    assert run.verify(rows=20, fetch=True).ok
+    assert run.resume(fetch=True).status()["complete"]
 
-    for name, tensor in zip("qkv", qkv(), strict=True):
-        import zarr
 
-        zarr.create_array(tmp_path / f"{name}.zarr", data=tensor.numpy(), config={"write_empty_chunks": True})
-    with http_server() as url:
-        urls: Any = [f"{url.replace('//', '//user:secret1@')}{tmp_path}/{n}.zarr?token=secret2" for n in "qkv"]
-        cqsa.attention(*urls, out=tmp_path / "out")
+def test_credentials_are_not_kept(served: str, tmp_path: Path) -> None:
+    urls: Any = [f"{served.replace('//', '//user:secret1@', 1)}/{name}.zarr?token=secret2" for name in "qkv"]
+    cqsa.attention(*urls, out=tmp_path / "out")
     kept = b"".join(path.read_bytes() for path in (tmp_path / "out.run").rglob("*") if path.is_file())
     assert b"127.0.0.1" in kept
     assert b"secret" not in kept
