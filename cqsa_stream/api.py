@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,8 +85,9 @@ def attention(
         max_seconds=max_seconds,
         kernel=None if kernel == "auto" else kernel,
     )
+    observers = tuple(observers) if isinstance(observers, Iterable) else (None,)
     if not all(map(callable, observers)):
-        raise InputError(f"observers {observers!r}; expected functions that take an event")
+        raise InputError("observers: expected a sequence of functions that take an event")
     stop = Stopper((signal.SIGINT,), max_seconds)
     target = None if out is None else Target.of(out, run_dir, layout=layout)
     arrays, problem = _problem(
@@ -101,6 +102,7 @@ def attention(
         found = sink.out.to(home) if layout == "bhtd" else sink.out.transpose(1, 2).to(home)
         return found if sink.lse is None else (found, sink.lse.to(home))
     directory = run_on_disk(problem, arrays, options, target, observers, stop)
+    stop.pass_on()
     run = Run(directory.path)
     return (run.output(), run.lse()) if return_lse else run.output()
 

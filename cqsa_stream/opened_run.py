@@ -134,6 +134,7 @@ class Run:
         with undisturbed():
             inputs = self._inputs(fetch=fetch)
         run_on_disk(self.manifest.problem, inputs, options, target, observers, stop)
+        stop.pass_on()
         return self
 
     @undisturbed()

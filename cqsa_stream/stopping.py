@@ -46,6 +46,11 @@ class Stopper:
             return f"stopped after {self._max_seconds:g} s (max_seconds)"
         return None
 
+    def pass_on(self) -> None:
+        """Hand a signal that came too late to stop anything to the handler that the caller has for it."""
+        if self.received is not None:
+            signal.raise_signal(self.received)
+
     def error(self, reason: str) -> RunStopped:
         """Return what a run that stops for this reason raises."""
         return RunInterrupted(reason) if self.received == signal.SIGINT else RunStopped(reason)

@@ -18,7 +18,7 @@ import torch
 
 import cqsa_stream as cqsa
 from cqsa_stream.errors import NoMemoryError, RunInterrupted
-from cqsa_stream.events import Event, Progressed, Started
+from cqsa_stream.events import Ended, Event, Progressed, Started
 from tests.conftest import environment
 from tests.servers import http_server
 
@@ -76,6 +76,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"checkpoint_every_s": -1}, "expected seconds"),
     ({"schedule": 3}, "expected one of"),
     ({"observers": [3]}, "functions that take an event"),
+    ({"observers": print}, "functions that take an event"),
     ({"layout": "thd"}, "bthd"),
     ({"out": 3}, "expected a path"),
     ({"attn_mask": torch.ones(64, 64)}, "is_causal"),
@@ -234,6 +235,18 @@ def test_the_first_ctrl_c_stops_at_a_checkpoint(tmp_path: Path) -> None:
     assert isinstance(stopped.value, cqsa.RunStopped)
     assert signal.getsignal(signal.SIGINT) is before
     assert cqsa.open_run(tmp_path / "out.run").status()["pairs_done"] > 0
+
+
+def test_a_ctrl_c_that_comes_too_late_is_not_lost(tmp_path: Path) -> None:
+    def press(event: Event) -> None:
+        if isinstance(event, Ended):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    tensors = qkv()
+    with pytest.raises(KeyboardInterrupt):
+        cqsa.attention(*tensors, out=tmp_path / "out", observers=(press,), **CPU)
+    assert cqsa.open_run(tmp_path / "out.run").status()["complete"]
+    assert cqsa.attention(*tensors, out=tmp_path / "out", **CPU).shape == (1, 2, 64, 8)
 
 
 TWICE = """
