@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from cqsa_stream.errors import InputError
 from cqsa_stream.events import Observer
 from cqsa_stream.execute import run_in_memory, run_on_disk
 from cqsa_stream.inputs import open_inputs, refuse_gradients
+from cqsa_stream.observers import checked
 from cqsa_stream.opened_run import Run, open_run
 from cqsa_stream.planning import Options, plan_run
-from cqsa_stream.problem import Problem
+from cqsa_stream.problem import Problem, is_number
 from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.stopping import Stopper
 from cqsa_stream.storage.arrays import TokenArray
@@ -74,7 +75,7 @@ def attention(
     at ``max_seconds``; with ``out``, in the main thread, RunInterrupted at Ctrl-C, KeyboardInterrupt at the second.
     """
     refuse_gradients(query, key, value)
-    _refuse_other_than_flags(return_lse=return_lse)
+    _refuse_what_cannot_be(out, run_dir, return_lse=return_lse, is_causal=is_causal, enable_gqa=enable_gqa)
     options = Options(
         device=None if str(device) == "auto" else str(device),
         device_memory=device_memory,
@@ -85,9 +86,7 @@ def attention(
         max_seconds=max_seconds,
         kernel=None if kernel == "auto" else kernel,
     )
-    observers = tuple(observers) if isinstance(observers, Iterable) else (None,)
-    if not all(map(callable, observers)):
-        raise InputError("observers: expected a sequence of functions that take an event")
+    observers = checked(observers)
     stop = Stopper((signal.SIGINT,), max_seconds)
     target = None if out is None else Target.of(out, run_dir, layout=layout)
     arrays, problem = _problem(
@@ -95,8 +94,6 @@ def attention(
         q_start=q_start, queries=queries, layout=layout, target=target,
     )  # fmt: skip
     if target is None:
-        if run_dir is not None:
-            raise InputError("run_dir without out: a run that can be resumed needs a path for its output; give out")
         sink = run_in_memory(problem, arrays, options, observers, with_lse=return_lse)
         home = query.device if isinstance(query, torch.Tensor) else torch.device("cpu")
         found = sink.out.to(home) if layout == "bhtd" else sink.out.transpose(1, 2).to(home)
@@ -137,6 +134,8 @@ def plan(
 
     The plan may be over budget: see its ``fits``. Print it, or take its ``to_dict()``. Raises InputError, ArrayError.
     """
+    _refuse_what_cannot_be(out, run_dir, return_lse=return_lse, is_causal=is_causal, enable_gqa=enable_gqa)
+    checked(observers)
     options = Options(
         str(device), device_memory, host_memory, schedule, chunks, checkpoint_every_s, max_seconds, kernel
     )
@@ -166,9 +165,8 @@ def _problem(
 ) -> tuple[dict[str, TokenArray], Problem]:
     if attn_mask is not None:
         raise InputError("attn_mask: a mask in memory is not supported; take is_causal, q_start and queries")
-    if dropout_p != 0.0:
-        raise InputError(f"dropout_p {dropout_p}: not supported, the result is exact; leave it 0.0")
-    _refuse_other_than_flags(is_causal=is_causal, enable_gqa=enable_gqa)
+    if not is_number(dropout_p) or dropout_p != 0:
+        raise InputError(f"dropout_p {dropout_p!r}: not supported, the result is exact; leave it 0.0")
     with undisturbed():
         arrays = open_inputs(query, key, value, layout=layout)
     if target is not None:
@@ -181,8 +179,10 @@ def _problem(
     return arrays, problem
 
 
-def _refuse_other_than_flags(**flags: object) -> None:
-    """Raise InputError where one is neither True nor False: "no" would count as True."""
+def _refuse_what_cannot_be(out: object, run_dir: object, **flags: object) -> None:
+    """Raise InputError where a flag is neither True nor False ("no" would count as True), or a run has no output."""
+    if out is None and run_dir is not None:
+        raise InputError("run_dir without out: a run that can be resumed needs a path for its output; give out")
     for name, value in flags.items():
         if not isinstance(value, bool | np.bool_):
             raise InputError(f"{name} {value!r}; expected True or False")

@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -30,7 +30,7 @@ from cqsa_stream.kernels import fold_for
 from cqsa_stream.machine import choose_device, free_budgets
 from cqsa_stream.manifest import Manifest
 from cqsa_stream.meter import HostPeak, Meter
-from cqsa_stream.observers import EventLog, everyone
+from cqsa_stream.observers import EventLog, after, everyone
 from cqsa_stream.outputs import (
     damaged_rows,
     is_complete,
@@ -160,7 +160,8 @@ def _resume(
     refuse_strange_places(manifest, directory, (target.out, target.lse))
     check_inputs(arrays)
     refuse_changed_inputs(manifest, fingerprints(arrays))
-    if _is_whole(directory, stop):
+    damaged = _damaged_of_complete(directory, stop)
+    if damaged == []:
         directory.sweep()
         return
     with directory.locked(), outputs_locked(directory, manifest):
@@ -174,37 +175,38 @@ def _resume(
         refuse_what_is_not_there(plan)
         with saying_how_much_disk(directory, manifest, plan):
             directory.restore(manifest)
-            _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host)
+            _durable_session(directory, manifest, plan, device, arrays, options, observers, stop, host, damaged or ())
 
 
-def _is_whole(directory: RunDirectory, stop: Stopper) -> bool:
-    """Return whether the run is finished and nothing of it is damaged, as far as a time limit lets us look.
+def _damaged_of_complete(directory: RunDirectory, stop: Stopper) -> list[tuple[int, int]] | None:
+    """Return (lane, row) of what is damaged of a complete run, as far as a time limit lets us look; of another, None.
 
     Raises RunStopped at a signal.
     """
     manifest = directory.manifest()
     if not is_complete(directory) or directory.damaged_manifests(manifest):
-        return False
+        return None
+    damaged = []
     try:
-        for _, _, good in damaged_rows(directory, manifest):
+        for lane, row, good in damaged_rows(directory, manifest):
             if not good:
-                return False
+                damaged.append((lane, row))
             reason = stop()
             if stop.received is not None:
                 raise RunStopped(f"{reason}: the run is complete, but its output was not checked to the end")
             if reason is not None:
-                _log.warning(
-                    "%s: complete; the time limit ended the check of its output: verify does it", directory.path
-                )
-                return True
+                _log.warning("%s: complete; the time limit ended the check, verify does it", directory.path)
+                break
     except ArrayError:  # what describes the output
-        return False
-    return True
+        return None
+    return damaged
 
 
-def _take_back_what_is_gone(directory: RunDirectory, manifest: Manifest, store: PartialStore) -> None:
-    """Let rows be computed again whose output is not there, or not what was written as far as a bounded look tells."""
-    for lane, row in missing_rows(directory, manifest):
+def _take_back(
+    directory: RunDirectory, manifest: Manifest, store: PartialStore, damaged: Iterable[tuple[int, int]]
+) -> None:
+    """Let rows be computed again that are known to be damaged, or are not there as far as a bounded look tells."""
+    for lane, row in {*damaged, *missing_rows(directory, manifest)}:
         _log.warning(
             "%s: what was written of row chunk %d of lane %d is damaged or gone; it is computed again",
             directory.output_path(manifest), row, lane,
@@ -266,12 +268,13 @@ def _durable_session(
     observers: Sequence[Observer],
     stop: Stopper,
     host: HostPeak,
+    damaged: Iterable[tuple[int, int]] = (),
 ) -> None:
     store = directory.store(manifest)
     store.prepare()
     directory.sweep()
     prepare_outputs(directory, manifest)
-    _take_back_what_is_gone(directory, manifest, store)
+    _take_back(directory, manifest, store, damaged)
     used = replace(
         options,
         device=str(device),
@@ -282,7 +285,7 @@ def _durable_session(
     log = EventLog(directory, asdict(used))
     sink = open_outputs(directory, manifest)
     session = _Session(manifest.problem, plan, device, arrays, sink, store, host, options)
-    session.run(everyone((log, *observers)), stop)
+    session.run(after(log, everyone(observers)), stop)
 
 
 def _manifest(

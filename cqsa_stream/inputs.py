@@ -24,7 +24,7 @@ def open_inputs(
         except ArrayError as error:
             raise ArrayError(f"{name}: {error}") from error
     shape = arrays["key"].shape
-    if len(shape) == 4 and shape[1] > shape[2]:
+    if len(shape) == 4 and shape[1] > shape[2] > 1:
         _log.warning(
             "key: %d heads of %d tokens, by its shape %s. Axes are [batch, head, token, feature]; arrays of "
             "flash-attention have tokens before heads: take --layout bthd, or layout=\"bthd\"",

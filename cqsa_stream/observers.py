@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from cqsa_stream.errors import InputError
 from cqsa_stream.events import Checkpointed, Ended, Event, Figures, Observer, Progressed, Started
 from cqsa_stream.run import RunDirectory
 
@@ -20,6 +21,8 @@ __all__ = [
     "JsonLines",
     "PlainLines",
     "ProgressBar",
+    "after",
+    "checked",
     "everyone",
     "rates",
     "side_by_side",
@@ -27,19 +30,39 @@ __all__ = [
 ]
 
 
+def checked(observers: Any) -> tuple[Observer, ...]:
+    """Return a call's observers. Raises InputError where they are no functions."""
+    found = tuple(observers) if isinstance(observers, Iterable) else (observers, None)
+    if not all(map(callable, found)):
+        raise InputError("observers: expected a sequence of functions that take an event")
+    return found
+
+
 def everyone(observers: Iterable[Observer]) -> Observer:
     """Return an observer that passes each event on to all. None can hurt the run: one that raises is told no more."""
-    watching = list(observers)
+    watching = dict(enumerate(observers))
 
     def observe(event: Event) -> None:
-        for observer in tuple(watching):
+        for number, observer in tuple(watching.items()):
             try:
                 observer(event)
-            except Exception as error:
-                watching.remove(observer)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                del watching[number]
                 name = getattr(observer, "__qualname__", type(observer).__name__)
                 found = f"{type(error).__name__}: {error}"
                 _log.warning("observer %s raised %s; it is told no more, the run goes on", name, found)
+
+    return observe
+
+
+def after(first: Observer, then: Observer) -> Observer:
+    """Return an observer that tells one, then the other."""
+
+    def observe(event: Event) -> None:
+        first(event)
+        then(event)
 
     return observe
 

@@ -14,9 +14,9 @@ from cqsa_stream.admission import Target, fingerprints, refuse_changed_inputs, r
 from cqsa_stream.errors import ArrayError, CqsaError, InputError, MismatchError
 from cqsa_stream.events import Figures, Observer
 from cqsa_stream.execute import run_on_disk
-from cqsa_stream.inputs import open_inputs
 from cqsa_stream.manifest import Manifest
 from cqsa_stream.meter import covered, tokens_done
+from cqsa_stream.observers import checked
 from cqsa_stream.outputs import damaged_rows, outputs_exist
 from cqsa_stream.places import local_path
 from cqsa_stream.planning import Options
@@ -125,7 +125,7 @@ class Run:
         Inputs that the run directory says are at a URL are fetched only where ``fetch`` is set: anybody may have
         written it.
         """
-        options = Options(max_seconds=max_seconds)
+        options, observers = Options(max_seconds=max_seconds), checked(observers)
         stop = Stopper((signal.SIGINT,), max_seconds)
         refuse_strange_places(self.manifest, self.directory, ())
         out, lse = self.directory.output_path(self.manifest), self.directory.lse_path(self.manifest)
@@ -188,17 +188,20 @@ class Run:
         Raises ArrayError where they are not there, MismatchError where others are.
         """
         places = {name: self._places(name, fetch=fetch) for name in ("query", "key", "value")}
+        return {name: self._input(name, found) for name, found in places.items()}
+
+    def _input(self, name: str, places: list[str]) -> TokenArray:
         refused: Exception | None = None
-        for which in range(2):
+        for place in dict.fromkeys(places):
             try:
-                sources = [found[min(which, len(found) - 1)] for found in places.values()]
-                fill, layout = self.manifest.fill_missing, self.manifest.layout
-                arrays = open_inputs(*sources, fill_missing=fill, layout=layout)
-                refuse_changed_inputs(self.manifest, fingerprints(arrays))
-            except (ArrayError, MismatchError) as error:
-                refused = refused or error
+                array = open_array(place, fill_missing=self.manifest.fill_missing, layout=self.manifest.layout)
+                refuse_changed_inputs(self.manifest, fingerprints({name: array}))
+            except ArrayError as error:
+                refused = refused or ArrayError(f"{name}: {error}")
+            except MismatchError as error:
+                refused = error
             else:
-                return arrays
+                return array
         assert refused is not None
         raise refused
 

@@ -138,10 +138,10 @@ def damaged_rows(directory: RunDirectory, manifest: Manifest) -> Iterator[tuple[
 
 
 def missing_rows(directory: RunDirectory, manifest: Manifest) -> Iterator[tuple[int, int]]:
-    """Yield (lane, row) of the finished rows whose output is not there; a look that does not grow with the output.
+    """Yield (lane, row) of the finished rows whose output is not there: a look that does not grow with the output.
 
-    The size of every stored chunk is looked at, and as many of the last rows are read as ``_LOOKED_AT_BYTES`` hold:
-    they are what a crash could have hurt, and all there is in a small run. ``damaged_rows`` reads all.
+    The size of every stored chunk is looked at, and ``_LOOKED_AT_BYTES`` are read: all that there is of a small run.
+    ``damaged_rows`` reads all of any.
     """
     store, sink = directory.store(manifest), open_outputs(directory, manifest)
     finished = [header for header, _ in store.headers() if header.finished]

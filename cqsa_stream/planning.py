@@ -9,7 +9,7 @@ import torch
 from cqsa_stream.errors import BudgetError, InputError
 from cqsa_stream.kernels import KERNELS, Kernel, kernel_for, merges_at_once
 from cqsa_stream.machine import FREE_SHARE, choose_device, describe, parse_size
-from cqsa_stream.problem import Problem, dtype_bytes, is_number
+from cqsa_stream.problem import Problem, dtype_bytes, is_finite, is_number
 from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.memory import Workload
 from cqsa_stream.schedulers.plan import Plan
@@ -51,8 +51,10 @@ class Options:
             raise InputError(f"schedule {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
         for name in ("checkpoint_every_s", "max_seconds"):
             value = getattr(self, name)
-            if value is not None and not (is_number(value) and value >= 0 and math.isfinite(value)):
+            if value is not None and not (is_finite(value) and value >= 0):
                 raise InputError(f"{name} {value!r}; expected seconds, at least 0")
+            if value is not None:
+                object.__setattr__(self, name, float(value))
         for name in ("device_memory", "host_memory"):
             parse_size(getattr(self, name), name)
 

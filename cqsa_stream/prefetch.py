@@ -107,6 +107,8 @@ class Prefetcher:
                 slot.released.put(None)
         self._thread.join()
         self._loaders.shutdown()
+        for array in self._arrays.values():
+            array.begin(in_flight=1)  # what it holds to read with is let go
         self._lock.__exit__(*error)
 
     def __next__(self) -> Loaded:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from cqsa_stream.errors import InputError
 from cqsa_stream.schedulers.masks import Mask, mask_of
 
-__all__ = ["DTYPES", "MOST_LANES", "OUT_DTYPES", "Problem", "dtype_bytes", "is_number"]
+__all__ = ["DTYPES", "MOST_LANES", "OUT_DTYPES", "Problem", "dtype_bytes", "is_finite", "is_number"]
 
 DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 MOST_LANES = 1 << 20
@@ -25,6 +25,14 @@ def dtype_bytes(dtype: str) -> int:
 def is_number(value: object) -> bool:
     """Return whether a value is a real number, numpy's among them; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """Return whether a value is a real number that a float can hold."""
+    try:
+        return isinstance(value, Real) and is_number(value) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 class Described(Protocol):
@@ -82,7 +90,7 @@ class Problem:
             key.shape,
             value.shape[3],
         )
-        if scale is not None and not (is_number(scale) and math.isfinite(scale)):
+        if scale is not None and not is_finite(scale):
             raise InputError(f"scale {scale!r}; expected a finite number")
         try:
             first, stop = (0, query_tokens) if queries is None else map(operator.index, queries)

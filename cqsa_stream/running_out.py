@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -67,4 +67,9 @@ def saying_how_much_disk(directory: RunDirectory, manifest: Manifest, plan: Plan
 
 
 def _disk_used(path: Path) -> int:
-    return sum(os.lstat(Path(folder, name)).st_blocks * 512 for folder, _, names in os.walk(path) for name in names)
+    used = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):  # a temporary file, a moment ago
+                used += os.lstat(Path(folder, name)).st_blocks * 512
+    return used

@@ -19,7 +19,7 @@ from cqsa_stream.storage.dtypes import numpy_dtype
 __all__ = ["Verification", "verify_rows"]
 
 _BLOCK_TOKENS = 4_096
-_LEAST_WEIGHT = 1e-30
+_LEAST_WEIGHT, _SMALL_WEIGHT = 1e-46, 1e-37  # what float32 holds not at all, and in full
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
 _TILE_ROUNDOFF = {**_ROUNDOFF, "float8_e4m3fn": 2.0**-11, "float8_e5m2": 2.0**-11}  # of a GPU kernel's result
 
@@ -33,8 +33,9 @@ class Verification:
     GPU kernel, two more roundings to the input dtype. ``tolerance`` is the largest bound of a sampled row.
     A bound is for the worst case of one row; errors are far below it as a rule, in single precision a hundredfold.
     ``damaged_rows`` counts the finished row chunks, sampled or not, whose output is not what was written;
-    ``not_finite_rows`` the sampled rows whose reference is not finite everywhere: the inputs hold inf or NaN, or
-    numbers that overflow. Such a feature must not be finite in the output, either, and counts as without an error.
+    ``not_finite_rows`` the sampled rows whose reference is not finite everywhere in the output's dtype: the inputs
+    hold inf or NaN, or values that overflow it. Such a feature must not be finite in the
+    output, either, and counts as without an error.
     ``complete``: whether all rows of the run are finished, and not a part of them was checked.
     """
 
@@ -51,19 +52,23 @@ class Verification:
 
 @dataclass
 class _Reference:
-    """Online softmax in float64: ``out`` normalised at the end; ``size`` is the sum of the terms' magnitudes."""
+    """Online softmax in float64: ``out`` normalised at the end; ``size`` is the sum of the terms' magnitudes,
+    ``not_finite`` the highest score of a key whose value is not finite in a feature.
+    """
 
     out: Tensor
     size: Tensor
     total: Tensor
     highest: Tensor
     largest: Tensor
+    not_finite: Tensor
 
     @classmethod
     def empty(cls, rows: int, value_dim: int) -> "_Reference":
         zeros = torch.zeros(rows, value_dim, dtype=torch.float64)
         none = torch.zeros(rows, dtype=torch.float64)
-        return cls(zeros, zeros.clone(), none, torch.full_like(none, -torch.inf), none.clone())
+        unseen, never = torch.full_like(none, -torch.inf), torch.full_like(zeros, -torch.inf)
+        return cls(zeros, zeros.clone(), none, unseen, none.clone(), never)
 
     def add(self, scores: Tensor, values: Tensor) -> None:
         highest = torch.maximum(self.highest, scores.amax(1))
@@ -77,18 +82,20 @@ class _Reference:
         self.total = self.total * kept + weights.sum(1)
         self.highest = highest
         self.largest = torch.maximum(self.largest, scores.abs().masked_fill(scores.isinf(), 0.0).amax(1))
-        if not finite.all():  # what has less weight than float32 can hold changes nothing
-            met = (weights > _LEAST_WEIGHT).double() @ (~finite).double() > 0
-            self.out = self.out.masked_fill(met, torch.nan)
+        for feature in (~finite).any(0).nonzero()[:, 0]:
+            met = scores[:, ~finite[:, feature]].amax(1)
+            self.not_finite[:, feature] = torch.maximum(self.not_finite[:, feature], met)
 
-    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (out, lse, cancellation)."""
+    def finished(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (out, lse, cancellation, where a value of too little weight for float32 leaves any number right)."""
         seen = self.total != 0
         out = torch.where(seen[:, None], self.out / self.total[:, None], 0.0)
         size = torch.where(seen[:, None], self.size / self.total[:, None], 0.0)
         lse = torch.where(seen, self.highest + self.total.log(), -torch.inf)
+        share = torch.exp(self.not_finite - lse[:, None]).nan_to_num(0.0)
+        out = out.masked_fill(share > _SMALL_WEIGHT, torch.nan)
         cancellation = size.norm(dim=1) / out.nan_to_num(0.0, 0.0, 0.0).norm(dim=1).clamp_min(1e-300)
-        return out, lse, torch.where(seen, cancellation, 1.0)
+        return out, lse, torch.where(seen, cancellation, 1.0), (share > _LEAST_WEIGHT) & (share <= _SMALL_WEIGHT)
 
 
 def verify_rows(
@@ -111,7 +118,7 @@ def verify_rows(
     errors, bounds, lse_errors, lse_scale, not_finite_rows = [], [], [0.0], 1.0, 0
     for lane, chosen in _sample(problem, finished, axis, rows, seed).items():
         reference = _reference(problem, arrays, lane, chosen)
-        expected, expected_lse, cancellation = reference.finished()
+        expected, expected_lse, cancellation, any_number = reference.finished()
         batch, heads, _ = problem.lane_heads(lane)
         for index, (head, row) in enumerate(chosen):
             try:
@@ -121,11 +128,12 @@ def verify_rows(
                 raise CqsaError(
                     f"the output of the run cannot be read: {error}; the same run command computes it again"
                 ) from error
-            wrong, not_finite = _compared(found, expected[index], getattr(torch, problem.out_dtype))
+            kept = torch.where(any_number[index], found, expected[index])
+            wrong, not_finite = _compared(found, kept, getattr(torch, problem.out_dtype))
             not_finite_rows += not_finite
             errors.append(wrong)
             rounded = 2 * _TILE_ROUNDOFF[problem.dtype] if rounded_tiles else 0.0
-            steps = 2 * _ROUNDOFF[problem.out_dtype] + rounded
+            steps = 2 * _ROUNDOFF[problem.out_dtype] + rounded + _subnormal(expected[index], problem.out_dtype)
             scores = 2 * _ROUNDOFF[problem.partial_dtype] * (8.0 + _finite(float(reference.largest[index])))
             bounds.append(steps + (scores + rounded) * _finite(float(cancellation[index])))
             wanted = float(expected_lse[index])
@@ -155,6 +163,12 @@ def _compared(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[floa
     expected = expected.masked_fill(unknown, 0.0)
     difference = torch.where(unknown, torch.where(found.isfinite(), torch.inf, 0.0), found - expected)
     return float(difference.norm()) / (float(expected.norm()) or 1.0), bool(unknown.any())
+
+
+def _subnormal(expected: Tensor, dtype: str) -> float:
+    """Return by how much rounding to the smallest numbers of a dtype may change a row, relative to it."""
+    limits, size = torch.finfo(getattr(torch, dtype)), float(expected.nan_to_num(0.0, 0.0, 0.0).norm())
+    return expected.numel() ** 0.5 * limits.tiny * limits.eps / size if size else 0.0
 
 
 def _finite(number: float) -> float:

@@ -5,6 +5,8 @@ does not use zarr-python does not pay for it.
 """
 
 import sys
+import threading
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -15,19 +17,26 @@ from typing import Any
 _DTYPES = f"{__name__}.zarr_dtypes"
 
 
-class _WithZarr(MetaPathFinder):
-    """Stands in the way of the first import of zarr, to add our dtypes to it as soon as it is there."""
+class _WithZarr(MetaPathFinder, threading.local):
+    """Stands in the way of imports of zarr, until it was imported: to add our dtypes to it as soon as it is there."""
+
+    looking = False
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != "zarr" or self not in sys.meta_path:
+        if fullname != "zarr" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.looking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.looking = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_add(module: ModuleType) -> None:
                 execute(module)
+                with suppress(ValueError):
+                    sys.meta_path.remove(self)
                 import_module(_DTYPES)
 
             spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]

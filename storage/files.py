@@ -107,7 +107,7 @@ def open_memmap(values: np.memmap) -> RawArray | None:
             return None  # a view as another dtype, say
         same = (whole.shape, whole.dtype, whole.files.locate(())[1]) == (values.shape, values.dtype.name, offset)
         return whole if same else None
-    if offset:
+    if offset or path.suffix in (".safetensors", ".zip"):
         return None  # it has no name by which a resumed run could open it
     return open_plain(path, f"{values.dtype.name}:{','.join(map(str, values.shape))}")
 

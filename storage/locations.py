@@ -64,6 +64,8 @@ def kvstore(url: str) -> str | dict[str, Any]:
     Credentials come from the environment. S3: AWS_ACCESS_KEY_ID or what else AWS offers; AWS_ENDPOINT_URL_S3 or
     AWS_ENDPOINT_URL for other servers, AWS_REGION or AWS_DEFAULT_REGION. Raises ArrayError.
     """
+    if re.search(r"\s", url):
+        raise ArrayError("a URL with white space; write it as %20")
     outer, chained, base = url.partition("::")
     if chained:
         scheme, _, inside = outer.partition("://")
@@ -85,6 +87,11 @@ def kvstore(url: str) -> str | dict[str, Any]:
         )
     if "|" in rest:  # TensorStore's own way to chain
         return f"{scheme}://{rest}"
+    if scheme in ("s3", "gs") and ("@" in rest.partition("/")[0] or "?" in rest):
+        raise ArrayError(
+            f"a URL of a bucket ({scheme}://) with a user, password or query; expected {scheme}://bucket/path: "
+            "credentials come from the environment"
+        )
     if scheme == "s3":
         return _s3(rest)
     path, question, query = rest.partition("?")

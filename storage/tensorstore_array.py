@@ -21,6 +21,7 @@ __all__ = ["TensorStoreArray", "clean_message", "context", "system_error"]
 
 _OTHERS_NAME = ("field", "metadata_key", "open_as_void")  # what a spec may say of a folder besides its name
 _REFUSES_MISSING = ("n5", "zarr", "zarr2", "zarr3")  # drivers that can tell a missing chunk from one of zeros
+_RECHECKS = ("recheck_cached_data", "recheck_cached_metadata")
 _RETRIES = {"max_retries": 3, "initial_delay": "200ms", "max_delay": "1s"}
 
 # a server that accepts and says nothing: read by TensorStore when it first opens a URL
@@ -214,6 +215,11 @@ def _opened_again(store: ts.TensorStore, spec: dict[str, Any] | None, fill_missi
     """Return what a store's spec opens now; the store itself where that cannot be: ``check`` looks there too."""
     if spec is None:
         return store
+    if any(part.get(name, True) is not True for part in _parts(spec) for name in _RECHECKS):
+        raise ArrayError(
+            "a TensorStore that may show what it remembers, not what is stored (recheck_cached_data, "
+            "recheck_cached_metadata); open the array without these"
+        )
     told = _told_of_missing(spec, fill_missing)
     try:
         again = ts.open(told, context=context(), open=True, read=True).result()

@@ -7,6 +7,7 @@ have two threads, and find nothing.
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,11 @@ CHECKED = ("cqsa_stream.partial", "cqsa_stream.kernels.torch_cpu", "cqsa_stream.
 if find_spec("beartype"):  # without it shapes are not checked
     install_import_hook(CHECKED, "beartype.beartype")
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "2"  # before torch is imported
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL),
+):  # fmt: skip
+    if signal.getsignal(_number) is signal.SIG_IGN:  # by who started the tests: nohup, or a shell in the background
+        signal.signal(_number, _handler)
 settings.register_profile("cqsa", deadline=None, max_examples=60)
 settings.load_profile("cqsa")
 

@@ -20,6 +20,7 @@ import cqsa_stream as cqsa
 from cqsa_stream.errors import NoMemoryError, RunInterrupted
 from cqsa_stream.events import Ended, Event, Progressed, Started
 from tests.conftest import environment
+from tests.reference import dense
 from tests.servers import http_server
 
 CPU: dict[str, Any] = {"device": "cpu", "schedule": "rectangular"}
@@ -79,6 +80,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"observers": print}, "functions that take an event"),
     ({"layout": "thd"}, "bthd"),
     ({"out": 3}, "expected a path"),
+    ({"out": "a\0b"}, "no name of a file"),
+    ({"out": "x" * 300}, "no name of a file"),
+    ({"scale": 10**400}, "finite number"),
+    ({"dropout_p": np.zeros(2)}, "exact"),
     ({"attn_mask": torch.ones(64, 64)}, "is_causal"),
     ({"dropout_p": 0.1}, "exact"),
 ]
@@ -532,3 +537,110 @@ def test_a_chunk_of_the_output_that_is_gone_or_short_is_computed_again(tmp_path:
         chunks[0].write_bytes(chunks[0].read_bytes()[:-7])
         chunks[-1].unlink()
     np.testing.assert_array_equal(cqsa.attention(q, k, v, out=tmp_path / "out", **options).read().result(), expected)
+
+
+def test_damage_far_from_the_end_is_mended_by_the_same_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the check of a complete output finds is computed again, also where a session looks at a part only."""
+    monkeypatch.setattr("cqsa_stream.outputs._LOOKED_AT_BYTES", 0)
+    q, k, v = qkv(700)
+    options: dict[str, Any] = {"chunks": 7, "out": tmp_path / "out", **CPU}
+    expected = cqsa.attention(q, k, v, **options).read().result()
+    chunks = sorted(path for path in (tmp_path / "out/c").rglob("*") if path.is_file())
+    for path in (chunks[0], chunks[3]):
+        data = bytearray(path.read_bytes())
+        data[10] ^= 1
+        path.write_bytes(data)
+    np.testing.assert_array_equal(cqsa.attention(q, k, v, **options).read().result(), expected)
+
+
+def test_a_session_inherits_what_numpys_numbers_said(tmp_path: Path) -> None:
+    q, k, v = qkv(512)
+    named: dict[str, Any] = {"host_memory": np.int64(200 << 20), "checkpoint_every_s": np.float32(7), "chunks": 57}
+    with pytest.raises(cqsa.RunStopped):
+        cqsa.attention(q, k, v, out=tmp_path / "out", max_seconds=0, device="cpu", **named)
+    plans: list[Any] = []
+    cqsa.attention(q, k, v, out=tmp_path / "out", observers=[plans.append])
+    assert plans[0].plan["host_allowed_bytes"] == 200 << 20
+
+
+def test_inputs_of_which_some_moved_are_found(tmp_path: Path) -> None:
+    for folder in ("job", "data"):
+        (tmp_path / folder).mkdir()
+    places: Any = [tmp_path / path for path in ("job/q.npy", "data/k.npy", "data/v.npy")]
+    for place, tensor in zip(places, qkv(), strict=True):
+        np.save(place, tensor.numpy())
+    cqsa.attention(*places, out=tmp_path / "job/out")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "job").rename(tmp_path / "elsewhere/job")
+    assert cqsa.open_run(tmp_path / "elsewhere/job/out.run").verify(rows=20).ok
+
+
+def test_two_calls_at_a_time_keep_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cqsa_stream.surroundings import undisturbed
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        first, second = undisturbed(), undisturbed()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "highest"
+        second.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-42])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_verify_knows_what_small_numbers_round_to(size: float, dtype: str, tmp_path: Path) -> None:
+    q, k, v = (tensor.to(getattr(torch, dtype)) for tensor in qkv(600))
+    paths: Any = []
+    for name, tensor in zip("qkv", (q, k, v * size), strict=True):
+        wide = tensor.view(torch.uint16 if dtype == "bfloat16" else tensor.dtype).numpy()
+        (tmp_path / f"{name}.bin").write_bytes(wide.tobytes())
+        paths.append(f"{tmp_path / name}.bin#{dtype}:1,2,600,8")
+    cqsa.attention(*paths, out=tmp_path / "out", chunks=7)
+    assert cqsa.open_run(tmp_path / "out.run").verify(rows=200).ok
+
+
+@pytest.mark.parametrize("above", [20.0, 80.0, 200.0, 1000.0])
+def test_verify_weighs_values_that_are_not_finite(above: float, tmp_path: Path) -> None:
+    """An infinite value whose key scores far below a later one's counts as long as float32 holds its weight."""
+    q, k, v = (torch.zeros(1, 1, 9000, 8) for _ in range(3))
+    q[..., 0], k[:, :, 8500, 0], v[..., 1] = 8**0.5, above, 1
+    v[:, :, 40, 3] = torch.inf
+    paths: Any = [tmp_path / f"{name}.npy" for name in "qkv"]
+    for path, tensor in zip(paths, (q, k, v), strict=True):
+        np.save(path, tensor.numpy())
+    out = cqsa.attention(*paths, out=tmp_path / "out", chunks=7, queries=(0, 50))
+    assert cqsa.open_run(tmp_path / "out.run").verify(rows=50).ok
+    assert np.isinf(out.read().result()[..., 3]).all() == (above < 200)
+
+
+def test_zarr_learns_bfloat16_also_after_somebody_asked_for_it() -> None:
+    code = "import cqsa_stream.storage, importlib.util; assert importlib.util.find_spec('zarr'); import zarr"
+    check = f"{code}; a = zarr.create_array({{}}, shape=(2,), dtype='bfloat16'); assert str(a.dtype) == 'bfloat16'"
+    subprocess.run([sys.executable, "-c", check], env=environment(), check=True)
+
+
+@pytest.mark.parametrize("url", ["s3://key:secret@bucket/x", "s3://bucket/x?sig=secret", "https://u:sec ret@host/x"])
+def test_secrets_are_not_in_messages(url: str, tmp_path: Path) -> None:
+    ways: list[Any] = [{"out": url}, {"out": tmp_path / "o", "run_dir": url}]
+    for places in ways:
+        with pytest.raises(cqsa.InputError) as refused:
+            cqsa.attention(*qkv(), **places)
+        assert "sec" not in str(refused.value)
+    with pytest.raises(cqsa.CqsaError) as refused_input:
+        cqsa.attention(url, url, url)
+    assert "sec" not in str(refused_input.value)
+
+
+def test_values_that_overflow_a_sum_are_finite() -> None:
+    q, k, v = qkv(300)
+    v = torch.where(v > 0, 3.4e38, -3.4e38)
+    expected, _ = dense(q, k, v)
+    for chunks in (7, 21):
+        out = cqsa.attention(q, k, v, chunks=chunks, **CPU)
+        assert float((out.double() / 1e38 - expected / 1e38).abs().max()) < 1e-5

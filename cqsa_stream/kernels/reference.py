@@ -57,7 +57,7 @@ def formula(
     highest = scores.amax(2, keepdim=True)
     weights = scores.sub_(highest.masked_fill(highest.isneginf(), 0.0)).exp_()  # -inf - -inf where no key is seen
     total = weights.sum(2, keepdim=True)
-    out = _weighted(weights, v) / total.masked_fill(total == 0, 1.0)
+    out = _weighted(weights.div_(total.masked_fill(total == 0, 1.0)), v)  # divided before, no sum can overflow
     lse = highest.double() + total.double().log()  # float64: float32 would round large scores before they merge
     return out.reshape(q.shape[0], q.shape[1], -1), lse.reshape(q.shape[:2])
 
