@@ -229,6 +229,7 @@ def run(
     """Compute OUT, a Zarr v3 array; the same command again resumes."""
     from cqsa_stream.stopping import Stopper
 
+    here = Path.cwd()
     stop = Stopper((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), max_seconds, owns_process=True)
     with stop, _interruptible(out):  # from here on a signal is a request to stop at the first safe point
         from cqsa_stream.admission import Target
@@ -245,7 +246,8 @@ def run(
         run_on_disk(problem, arrays, options, target, terminal_observer(as_json=as_json, quiet=quiet), stop)
     _flushed(sys.stdout)  # events are news: the run is complete whether or not somebody reads them
     if not quiet:
-        _say(f"{out} is complete (run directory {target.run_dir})")
+        where = target.run_dir
+        _say(f"{out} is complete (run directory {where.relative_to(here) if where.is_relative_to(here) else where})")
 
 
 @app.command()

@@ -133,7 +133,7 @@ def verify_rows(
             not_finite_rows += not_finite
             errors.append(wrong)
             rounded = 2 * _TILE_ROUNDOFF[problem.dtype] if rounded_tiles else 0.0
-            steps = 2 * _ROUNDOFF[problem.out_dtype] + rounded + _subnormal(expected[index], problem.out_dtype)
+            steps = 2 * _ROUNDOFF[problem.out_dtype] + rounded + _subnormal(expected[index], problem)
             scores = 2 * _ROUNDOFF[problem.partial_dtype] * (8.0 + _finite(float(reference.largest[index])))
             bounds.append(steps + (scores + rounded) * _finite(float(cancellation[index])))
             wanted = float(expected_lse[index])
@@ -165,10 +165,12 @@ def _compared(found: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[floa
     return float(difference.norm()) / (float(expected.norm()) or 1.0), bool(unknown.any())
 
 
-def _subnormal(expected: Tensor, dtype: str) -> float:
-    """Return by how much rounding to the smallest numbers of a dtype may change a row, relative to it."""
-    limits, size = torch.finfo(getattr(torch, dtype)), float(expected.nan_to_num(0.0, 0.0, 0.0).norm())
-    return expected.numel() ** 0.5 * limits.tiny * limits.eps / size if size else 0.0
+def _subnormal(expected: Tensor, problem: Problem) -> float:
+    """Return by how much rounding to the smallest numbers may change a row, relative to it: each term, and the sum."""
+    term, whole = (torch.finfo(getattr(torch, dtype)) for dtype in (problem.partial_dtype, problem.out_dtype))
+    size = float(expected.nan_to_num(0.0, 0.0, 0.0).norm())
+    error = expected.numel() ** 0.5 * (problem.keys * term.tiny * term.eps + whole.tiny * whole.eps)
+    return error / size if size else 0.0
 
 
 def _finite(number: float) -> float:

@@ -305,7 +305,7 @@ def test_an_ignored_ctrl_c_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     press = interrupted_by(lambda: os.kill(os.getpid(), signal.SIGINT))
     try:
-        cqsa.attention(*qkv(500), chunks=57, out=tmp_path / "out", observers=(press,), **CPU)
+        cqsa.attention(*qkv(500), chunks=21, out=tmp_path / "out", observers=(press,), **CPU)
     finally:
         signal.signal(signal.SIGINT, before)
     assert cqsa.open_run(tmp_path / "out.run").status()["complete"]
@@ -325,7 +325,7 @@ def test_handlers_of_an_event_loop_run_after_the_call(tmp_path: Path) -> None:
 
         loop.add_signal_handler(signal.SIGUSR1, tell)
         press = interrupted_by(lambda: os.kill(os.getpid(), signal.SIGUSR1))
-        cqsa.attention(*qkv(500), chunks=57, out=tmp_path / "out", observers=(press,), **CPU)
+        cqsa.attention(*qkv(500), chunks=21, out=tmp_path / "out", observers=(press,), **CPU)
         await asyncio.wait_for(arrived.wait(), 60)
 
     asyncio.run(main())

@@ -32,9 +32,12 @@ def shell(folder: Path, *words: object, redirect: str) -> "subprocess.CompletedP
 
 @pytest.mark.usefixtures("data")
 @pytest.mark.parametrize(
-    "redirect", ["2>&-", "2>/dev/full", "2> >(head -c 0)", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"]
-)
-@pytest.mark.parametrize("json_lines", [False, True])
+    ("redirect", "json_lines"),
+    [
+        ("2>&-", False), ("2>/dev/full", False), ("2> >(head -c 0)", True), ("<&- >&- 2>&-", True),
+        (">/dev/full 2>/dev/full", True),
+    ],
+)  # fmt: skip
 def test_a_run_completes_whoever_listens(redirect: str, json_lines: bool, cli: Cli, tmp_path: Path) -> None:
     words = ("run", *QKV, "out", "--device", "cpu", *(["--json"] if json_lines else []))
     found = shell(tmp_path, *words, redirect=redirect)
@@ -142,7 +145,7 @@ def test_arrays_of_another_layout_are_noticed(cli: Cli, tmp_path: Path, caplog: 
 @pytest.mark.usefixtures("data")
 def test_the_device_auto_inherits_what_the_last_session_had(cli: Cli) -> None:
     """It is the same device by another name."""
-    words = ("--schedule", "rectangular", "--chunks", 57, "--checkpoint-every", 7)
+    words = ("--schedule", "rectangular", "--chunks", 13, "--checkpoint-every", 7)
     assert (
         cli("run", *QKV, "o", "--host-memory", "31MiB", "--device", "cpu", *words, "--max-seconds", 0).returncode == 3
     )
@@ -156,7 +159,7 @@ def test_the_device_auto_inherits_what_the_last_session_had(cli: Cli) -> None:
 @pytest.mark.usefixtures("data")
 @pytest.mark.xfail(reason="what the next session inherits is read from the event log, which is news", strict=True)
 def test_what_a_session_inherits_is_state(cli: Cli, tmp_path: Path) -> None:
-    words = ("--host-memory", "31MiB", "--device", "cpu", "--chunks", 57)
+    words = ("--host-memory", "31MiB", "--device", "cpu", "--chunks", 13)
     assert cli("run", *QKV, "o", *words, "--max-seconds", 0).returncode == 3
     (tmp_path / "o.run/events.jsonl").unlink()
     ran = cli("run", *QKV, "o", "--json", "--quiet")
@@ -185,7 +188,7 @@ def test_kernel_and_tile_belong_to_the_plan(cli: Cli) -> None:
 
 @pytest.mark.usefixtures("data")
 def test_watching_a_run_that_stopped_ends(cli: Cli) -> None:
-    assert cli("run", *QKV, "o", "--max-seconds", 0, "--chunks", 57).returncode == 3
+    assert cli("run", *QKV, "o", "--max-seconds", 0, "--chunks", 13).returncode == 3
     found = cli("status", "o.run", "--watch", "--json")
     assert found.returncode == 0
     assert len(found.stdout.splitlines()) == 1
@@ -201,7 +204,7 @@ def test_watching_does_not_burden_the_run(cli: Cli, tmp_path: Path, monkeypatch:
     import cqsa_stream as cqsa
     from cqsa_stream.storage.partials import PartialStore
 
-    assert cli("run", *QKV, "o", "--max-seconds", 0, "--chunks", 57).returncode == 3
+    assert cli("run", *QKV, "o", "--max-seconds", 0, "--chunks", 13).returncode == 3
     past = time.time() - 60
     os.utime(tmp_path / "o.run/partials", (past, past))
     calls: list[str] = []
@@ -223,7 +226,7 @@ def test_watching_does_not_burden_the_run(cli: Cli, tmp_path: Path, monkeypatch:
 
 @pytest.mark.usefixtures("data")
 def test_verify_says_that_a_run_is_incomplete(cli: Cli) -> None:
-    words = ("--chunks", 57, "--schedule", "rectangular", "--causal", "--device", "cpu")
+    words = ("--chunks", 13, "--schedule", "rectangular", "--causal", "--device", "cpu")
     assert cli("run", *QKV, "o", *words, "--max-seconds", 0).returncode == 3
     for _ in range(200):
         if json.loads(cli("status", "o.run", "--json").stdout)["rows_done"]:
