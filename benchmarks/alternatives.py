@@ -9,12 +9,12 @@ to it. ``share`` is the part of the sequence that a task holds: memory is propor
 from dataclasses import replace
 from itertools import pairwise, takewhile
 
-from cqsa_stream.schedulers.masks import mask_of
-from cqsa_stream.schedulers.memory import Tile, Workload
-from cqsa_stream.schedulers.planner import Machine, Request, make_plan
+from cqsa_stream.schedulers.masks.bands import mask_of
+from cqsa_stream.schedulers.model.memory import Tile, Workload
+from cqsa_stream.schedulers.model.rates import Rates, Speeds, TileTimes
+from cqsa_stream.schedulers.model.traffic import Stored
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
-from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
-from cqsa_stream.schedulers.traffic import Stored
+from cqsa_stream.schedulers.search import Machine, Request, make_plan
 
 MIB = 2**20
 GPU = Speeds(

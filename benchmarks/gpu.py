@@ -29,10 +29,10 @@ from gpu_limits import HEADS, cudnn, disk, limits, seconds
 import cqsa_stream as cqsa
 from cqsa_stream.api import open_inputs
 from cqsa_stream.events import Ended, Event
-from cqsa_stream.storage.arrays import TokenArray, open_array
 from cqsa_stream.storage.atomic import make_directory, replace_file
-from cqsa_stream.storage.memory import MemoryArray
+from cqsa_stream.storage.open import TokenArray, open_array
 from cqsa_stream.storage.output import create_array
+from cqsa_stream.storage.readers.memory import MemoryArray
 from cqsa_stream.verify import verify_rows
 
 MIB = 2**20

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from cqsa_stream.generate import generate
-from cqsa_stream.machine import parse_size
+from cqsa_stream.machine.budgets import parse_size
 
 MIB = 2**20
 CHILD = """

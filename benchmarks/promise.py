@@ -27,8 +27,8 @@ import torch
 
 import cqsa_stream as cqsa
 from cqsa_stream.bench import measure
-from cqsa_stream.calibration import path_for
 from cqsa_stream.generate import generate
+from cqsa_stream.machine.calibration import path_for
 
 MIB = 2**20
 CHILD = """
@@ -36,7 +36,7 @@ import json, pathlib, shutil, sys
 import psutil, torch
 import cqsa_stream as cqsa
 from cqsa_stream.bench import speed
-from cqsa_stream.calibration import load
+from cqsa_stream.machine.calibration import load
 cqsa.attention
 cpu = torch.device("cpu")
 def high_water():

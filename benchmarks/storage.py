@@ -8,8 +8,8 @@ read from end to end in ranges of 64 MiB (two at a time where a reader can), by 
 a drifting disk is the same for all:
 
     limit         O_DIRECT preadv of the array's own files, with the threads and block size that were fastest before
-    fast path     storage/raw.py, with 6 pieces in flight (the most that a plan takes)
-    our TS path   storage/tensorstore_array.py, with 32 chunks in flight (a plan takes 6 of them, for their memory)
+    fast path     storage/readers/plain.py, with 6 pieces in flight (the most that a plan takes)
+    our TS path   storage/readers/tensorstore.py, with 32 chunks in flight (a plan takes 6 of them, for their memory)
     TensorStore   alone, into the same buffer
     zarr-python   into the same buffer
     memmap        copies out of np.memmap
@@ -42,9 +42,9 @@ import tensorstore as ts
 import zarr
 from zarr.core.buffer import default_buffer_prototype
 
-from cqsa_stream.storage.arrays import TokenArray, open_array
+from cqsa_stream.storage.open import TokenArray, open_array
 from cqsa_stream.storage.output import create_array, write
-from cqsa_stream.storage.tensorstore_array import TensorStoreArray
+from cqsa_stream.storage.readers.tensorstore import TensorStoreArray
 
 MIB = 2**20
 RANGE_BYTES = 64 * MIB

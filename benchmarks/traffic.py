@@ -17,12 +17,12 @@ from typing import Any
 
 import cqsa_stream as cqsa
 from cqsa_stream.generate import generate
-from cqsa_stream.schedulers.masks import mask_of
-from cqsa_stream.schedulers.memory import Tile, Workload
+from cqsa_stream.schedulers.masks.bands import mask_of
+from cqsa_stream.schedulers.model.memory import Tile, Workload
+from cqsa_stream.schedulers.model.rates import Rates, Speeds, TileTimes
+from cqsa_stream.schedulers.model.traffic import Stored
 from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.schedulers.planner import Machine, Request, make_plan
-from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
-from cqsa_stream.schedulers.traffic import Stored
+from cqsa_stream.schedulers.search import Machine, Request, make_plan
 
 MIB = 2**20
 GPU = Speeds(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         RunInterrupted,
         RunStopped,
     )
-    from cqsa_stream.opened_run import Run, open_run
+    from cqsa_stream.run.opened import Run, open_run
 
 __version__ = "0.1.0"
 
@@ -33,11 +33,11 @@ _HOMES = {
     "LockedError": "errors",
     "MismatchError": "errors",
     "NoMemoryError": "errors",
-    "Run": "opened_run",
+    "Run": "run.opened",
     "RunInterrupted": "errors",
     "RunStopped": "errors",
     "attention": "api",
-    "open_run": "opened_run",
+    "open_run": "run.opened",
     "plan": "api",
 }
 

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from cqsa_stream.admission import Target, refuse_other_inputs
 from cqsa_stream.errors import InputError
 from cqsa_stream.events import Observer
-from cqsa_stream.execute import run_in_memory, run_on_disk
-from cqsa_stream.inputs import open_inputs, refuse_gradients
+from cqsa_stream.machine.surroundings import undisturbed
 from cqsa_stream.observers import checked
-from cqsa_stream.opened_run import Run, open_run
 from cqsa_stream.planning import Options, plan_run
 from cqsa_stream.problem import Problem, is_number
+from cqsa_stream.run.admission import Target, refuse_other_inputs
+from cqsa_stream.run.inputs import open_inputs, refuse_gradients
+from cqsa_stream.run.opened import Run, open_run
+from cqsa_stream.run.session import run_in_memory, run_on_disk
+from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.stopping import Stopper
-from cqsa_stream.storage.arrays import TokenArray
-from cqsa_stream.surroundings import undisturbed
+from cqsa_stream.storage.open import TokenArray
 
 __all__ = ["Run", "attention", "open_inputs", "open_run", "plan"]
 

@@ -13,24 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from cqsa_stream.admission import Target
-from cqsa_stream.allocator import returning_freed_memory
 from cqsa_stream.api import open_inputs
-from cqsa_stream.calibration import Calibration, trying
-from cqsa_stream.calls import Calls
+from cqsa_stream.engine.calls import Calls
 from cqsa_stream.events import Ended, Event
-from cqsa_stream.execute import run_in_memory, run_on_disk
 from cqsa_stream.generate import generate
-from cqsa_stream.kernels import Kernel, fold_for, kernel_for
+from cqsa_stream.kernels.choose import Kernel, fold_for, kernel_for
+from cqsa_stream.kernels.fold import Partial
 from cqsa_stream.kernels.torch_cuda import TorchCudaKernel, cudnn_runs
-from cqsa_stream.partial import Partial
+from cqsa_stream.machine.allocator import returning_freed_memory
+from cqsa_stream.machine.calibration import Calibration, trying
 from cqsa_stream.planning import Options, plan_run
 from cqsa_stream.problem import Problem
-from cqsa_stream.schedulers.masks import Call
-from cqsa_stream.schedulers.rates import Speeds, TileTimes
-from cqsa_stream.stopping import Stopper
-from cqsa_stream.storage.arrays import TokenArray, open_array
+from cqsa_stream.run.admission import Target
+from cqsa_stream.run.session import run_in_memory, run_on_disk
+from cqsa_stream.run.stopping import Stopper
+from cqsa_stream.schedulers.masks.bands import Call
+from cqsa_stream.schedulers.model.rates import Speeds, TileTimes
 from cqsa_stream.storage.atomic import replace_file
+from cqsa_stream.storage.open import TokenArray, open_array
 from cqsa_stream.storage.output import create_array, write
 
 __all__ = ["measure", "speed"]

@@ -22,9 +22,9 @@ import typer
 from cqsa_stream.errors import InputError, RunInterrupted, RunStopped
 
 if TYPE_CHECKING:
-    from cqsa_stream.admission import Target
     from cqsa_stream.problem import Problem
-    from cqsa_stream.storage.arrays import TokenArray
+    from cqsa_stream.run.admission import Target
+    from cqsa_stream.storage.open import TokenArray
 
 __all__ = ["main"]
 
@@ -151,7 +151,7 @@ def generate(
 ) -> None:
     """Write normally distributed q.zarr, k.zarr and v.zarr into DIR."""
     from cqsa_stream.generate import generate as make
-    from cqsa_stream.places import local_path
+    from cqsa_stream.run.places import local_path
 
     paths = make(
         local_path(directory), tokens=tokens, heads=heads, head_dim=head_dim, kv_heads=kv_heads, batch=batch,
@@ -188,8 +188,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a new run would need and take, without running it. Exit code 4 where it does not fit."""
-    from cqsa_stream.admission import Target
     from cqsa_stream.planning import Options, plan_run, refuse_over_budget
+    from cqsa_stream.run.admission import Target
 
     where = None if out is None else Target.of(out, run_dir, lse).out
     options = Options(device, device_memory, host_memory, schedule, chunks, checkpoint_every, max_seconds, kernel)
@@ -227,15 +227,15 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Compute OUT, a Zarr v3 array; the same command again resumes."""
-    from cqsa_stream.stopping import Stopper
+    from cqsa_stream.run.stopping import Stopper
 
     here = Path.cwd()
     stop = Stopper((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), max_seconds, owns_process=True)
     with stop, _interruptible(out):  # from here on a signal is a request to stop at the first safe point
-        from cqsa_stream.admission import Target
-        from cqsa_stream.execute import run_on_disk
         from cqsa_stream.observers import terminal_observer
         from cqsa_stream.planning import Options
+        from cqsa_stream.run.admission import Target
+        from cqsa_stream.run.session import run_on_disk
 
         target = Target.of(out, run_dir, lse, fresh=fresh, fill_missing=fill_missing, layout=layout)
         options = Options(
@@ -257,7 +257,7 @@ def bench(
 ) -> None:
     """Measure this machine and the disk of the current folder, so that plans tell its seconds. Under a minute."""
     from cqsa_stream.bench import measure
-    from cqsa_stream.machine import choose_device
+    from cqsa_stream.machine.budgets import choose_device
 
     chosen = choose_device(device or "auto")
     found = measure(chosen, Path.cwd())
@@ -275,7 +275,7 @@ def status(
     ] = False,
 ) -> None:
     """Say where a run stands, by what is on disk."""
-    from cqsa_stream.opened_run import open_run
+    from cqsa_stream.run.opened import open_run
 
     opened = open_run(run_dir)
     at_work = watch and opened.directory.at_work()
@@ -302,7 +302,7 @@ def verify(
 
     The tolerance bounds the worst case of one row; errors are far below it as a rule.
     """
-    from cqsa_stream.opened_run import open_run
+    from cqsa_stream.run.opened import open_run
 
     found = open_run(run_dir).verify(rows=rows, seed=seed, fetch=fetch)
     _print(json.dumps(asdict(found)) if as_json else _lines(asdict(found)))
@@ -321,13 +321,13 @@ def _problem(
     q: str, k: str, v: str, fill_missing: bool, layout: str, causal: bool, scale: float | None, q_start: int,
     queries: str | None, out_dtype: str | None, target: "Target | None" = None,
 ) -> "tuple[dict[str, TokenArray], Problem]":  # fmt: skip
-    from cqsa_stream.inputs import open_inputs
     from cqsa_stream.problem import Problem
+    from cqsa_stream.run.inputs import open_inputs
 
     rows = _query_range(queries)
     arrays = open_inputs(q, k, v, fill_missing=fill_missing, layout=layout)
     if target is not None:
-        from cqsa_stream.admission import refuse_other_inputs
+        from cqsa_stream.run.admission import refuse_other_inputs
 
         refuse_other_inputs(target, arrays)
     problem = Problem.of(

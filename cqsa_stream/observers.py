@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cqsa_stream.errors import InputError
 from cqsa_stream.events import Checkpointed, Ended, Event, Figures, Observer, Progressed, Started
-from cqsa_stream.run import RunDirectory
+from cqsa_stream.run.directory import RunDirectory
 
 _log = logging.getLogger(__name__)
 

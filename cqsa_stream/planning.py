@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 
 from cqsa_stream.errors import BudgetError, InputError
-from cqsa_stream.kernels import KERNELS, Kernel, kernel_for, merges_at_once
-from cqsa_stream.machine import FREE_SHARE, choose_device, describe, parse_size
+from cqsa_stream.kernels.choose import KERNELS, Kernel, kernel_for, merges_at_once
+from cqsa_stream.machine.budgets import FREE_SHARE, choose_device, describe, parse_size
 from cqsa_stream.problem import Problem, dtype_bytes, is_finite, is_number
 from cqsa_stream.schedulers.grid import Grid
-from cqsa_stream.schedulers.memory import Workload
+from cqsa_stream.schedulers.model.memory import Workload
+from cqsa_stream.schedulers.model.traffic import Stored
 from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.schedulers.planner import MOST_CHUNKS, Request, make_plan
 from cqsa_stream.schedulers.quorums import quorum_size
-from cqsa_stream.schedulers.traffic import Stored
-from cqsa_stream.storage.arrays import TokenArray
+from cqsa_stream.schedulers.search import MOST_CHUNKS, Request, make_plan
 from cqsa_stream.storage.errors import FullDiskError
-from cqsa_stream.storage.raw import CACHED_BYTES
+from cqsa_stream.storage.open import TokenArray
+from cqsa_stream.storage.readers.plain import CACHED_BYTES
 
 __all__ = ["CHECKPOINT_EVERY_S", "Options", "plan_run", "refuse_over_budget", "refuse_what_is_not_there"]
 

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any, Protocol
 
 from cqsa_stream.errors import InputError
-from cqsa_stream.schedulers.masks import Mask, mask_of
+from cqsa_stream.schedulers.masks.bands import Mask, mask_of
 
 __all__ = ["DTYPES", "MOST_LANES", "OUT_DTYPES", "Problem", "dtype_bytes", "is_finite", "is_number"]
 

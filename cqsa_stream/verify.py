@@ -13,8 +13,8 @@ from torch import Tensor
 from cqsa_stream.errors import CqsaError
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis
-from cqsa_stream.storage.arrays import TokenArray
 from cqsa_stream.storage.dtypes import numpy_dtype
+from cqsa_stream.storage.open import TokenArray
 
 __all__ = ["Verification", "verify_rows"]
 

@@ -3,7 +3,7 @@
 from itertools import takewhile
 
 from cqsa_stream.schedulers.grid import Axis
-from cqsa_stream.schedulers.memory import Workload
+from cqsa_stream.schedulers.model.memory import Workload
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
 from cqsa_stream.schedulers.request import Machine, Request
 

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cqsa_stream.schedulers.costs import Cost
 from cqsa_stream.schedulers.grid import Grid
-from cqsa_stream.schedulers.memory import Footprint, Layout
+from cqsa_stream.schedulers.model.memory import Footprint, Layout
+from cqsa_stream.schedulers.model.seconds import Cost
 from cqsa_stream.schedulers.quorums import quorum_size
 
 __all__ = ["Plan"]

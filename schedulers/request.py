@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from cqsa_stream.schedulers.grid import Grid
-from cqsa_stream.schedulers.masks import Mask
-from cqsa_stream.schedulers.memory import Tile, Workload
-from cqsa_stream.schedulers.rates import Rates
-from cqsa_stream.schedulers.traffic import Stored
+from cqsa_stream.schedulers.masks.bands import Mask
+from cqsa_stream.schedulers.model.memory import Tile, Workload
+from cqsa_stream.schedulers.model.rates import Rates
+from cqsa_stream.schedulers.model.traffic import Stored
 
 __all__ = ["Machine", "Request"]
 

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Literal, NamedTuple
 
-from cqsa_stream.schedulers.memory import Layout
+from cqsa_stream.schedulers.model.memory import Layout
 from cqsa_stream.schedulers.schedules import NEVER, Schedule, Task
 
 __all__ = ["Fetch", "Residency", "fetches", "pieces"]

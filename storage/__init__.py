@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-_DTYPES = f"{__name__}.zarr_dtypes"
+_DTYPES = f"{__name__}.readers.zarr_dtypes"
 
 
 class _WithZarr(MetaPathFinder, threading.local):

@@ -13,8 +13,8 @@ from crc32c import crc32c
 
 from cqsa_stream.storage.atomic import make_directory, replace_file, sweep
 from cqsa_stream.storage.errors import ArrayError, FullDiskError
+from cqsa_stream.storage.readers.tensorstore import clean_message, context, system_error
 from cqsa_stream.storage.retrying import retrying
-from cqsa_stream.storage.tensorstore_array import clean_message, context, system_error
 
 __all__ = [
     "DIMENSIONS",

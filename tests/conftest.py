@@ -18,7 +18,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-CHECKED = ("cqsa_stream.partial", "cqsa_stream.kernels.torch_cpu", "cqsa_stream.kernels.reference")
+CHECKED = ("cqsa_stream.kernels.fold", "cqsa_stream.kernels.torch_cpu", "cqsa_stream.kernels.reference")
 if find_spec("beartype"):  # without it shapes are not checked
     install_import_hook(CHECKED, "beartype.beartype")
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "2"  # before torch is imported
@@ -65,7 +65,7 @@ def stopping_after(steps: int) -> Iterator[None]:
     """Stop the runs of this process when they have passed so many safe points, whatever time that takes."""
     left = iter([None] * steps)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cqsa_stream.stopping.Stopper.__call__", lambda *_: next(left, "stopped"))
+        patch.setattr("cqsa_stream.run.stopping.Stopper.__call__", lambda *_: next(left, "stopped"))
         yield
 
 
@@ -86,4 +86,4 @@ def nothing_measured(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def cold_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that a test has just written are read as those are that the page cache does not hold."""
-    monkeypatch.setattr("cqsa_stream.storage.ranges.all_cached", lambda *_: False)
+    monkeypatch.setattr("cqsa_stream.storage.readers.ranges.all_cached", lambda *_: False)

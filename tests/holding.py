@@ -13,7 +13,7 @@ HOLDING = [sys.executable, "-c", f"""
 import os, time
 from pathlib import Path
 from cqsa_stream.cli import main
-from cqsa_stream.stopping import Stopper
+from cqsa_stream.run.stopping import Stopper
 
 asked, left = Stopper.__call__, iter(range(int(os.environ["HOLD_AT"]), -1, -1))
 
@@ -33,7 +33,7 @@ STUCK = [sys.executable, "-c", f"""
 import ctypes, os, threading, time
 from pathlib import Path
 from cqsa_stream.cli import main
-from cqsa_stream.stopping import Stopper
+from cqsa_stream.run.stopping import Stopper
 
 def tell(stop):
     deadline = time.monotonic() + 600

@@ -21,12 +21,12 @@ import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec
 
-from cqsa_stream.storage import ranges
-from cqsa_stream.storage.arrays import TokenArray, open_array
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.fingerprint import fingerprint
+from cqsa_stream.storage.open import TokenArray, open_array
 from cqsa_stream.storage.output import create_array, open_output, write
+from cqsa_stream.storage.readers import ranges
 from tests.servers import BUCKET, http_server, s3_server
 
 SHAPE = (2, 3, 100, 8)
@@ -245,8 +245,8 @@ def read(array: TokenArray, batch: int, heads: range, tokens: range) -> np.ndarr
 def test_contract(name: str, dtype: str, past_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, once as small arrays are read and once as large ones are: past the page cache."""
     if past_cache:
-        for module in ("raw", "zarr_files"):
-            monkeypatch.setattr(f"cqsa_stream.storage.{module}.CACHED_BYTES", -1)
+        for module in ("plain", "zarr_plain"):
+            monkeypatch.setattr(f"cqsa_stream.storage.readers.{module}.CACHED_BYTES", -1)
     values = numbers(dtype)
     array = open_array(FORMATS[name][0](tmp_path, values))
     assert array.shape == SHAPE
@@ -603,7 +603,7 @@ def test_a_map_seen_as_another_dtype_is_read_from_memory(tmp_path: Path) -> None
 
 
 def test_children_of_a_fork_do_not_share_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cqsa_stream.storage.raw.CACHED_BYTES", -1)
+    monkeypatch.setattr("cqsa_stream.storage.readers.plain.CACHED_BYTES", -1)
     source = plain(tmp_path, numbers("float32"))
     read(open_array(source), 0, range(3), range(3, 50))
     assert ranges._scratch.pages.base is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cqsa_stream.run import RunDirectory
+from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.storage.atomic import replace_file, sweep, temporary_name
 from cqsa_stream.storage.output import create_array, write_chunk
 from tests.conftest import environment, left_over

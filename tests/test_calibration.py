@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cqsa_stream import bench, calibration, machine
-from cqsa_stream.calibration import Calibration, load, path_for, trying
-from cqsa_stream.kernels import kernel_for
+from cqsa_stream import bench
+from cqsa_stream.kernels.choose import kernel_for
+from cqsa_stream.machine import budgets, calibration
+from cqsa_stream.machine.calibration import Calibration, load, path_for, trying
 from cqsa_stream.problem import Problem
-from cqsa_stream.schedulers.rates import Speeds, TileTimes
+from cqsa_stream.schedulers.model.rates import Speeds, TileTimes
 from tests.conftest import Cli
 
 CPU = torch.device("cpu")
@@ -102,9 +103,9 @@ def test_plans_take_what_was_measured() -> None:
     array = Shape((1, 1, 4096, 64), "float32")
     problem = Problem.of(array, array, array)
     kernel = kernel_for(CPU, torch.float32)
-    assert machine.describe(CPU, problem, kernel, None, None, None).rates != FOUND.rates("float32", 64, 64)
+    assert budgets.describe(CPU, problem, kernel, None, None, None).rates != FOUND.rates("float32", 64, 64)
     with trying(FOUND):
-        described = machine.describe(CPU, problem, kernel, None, None, None)
+        described = budgets.describe(CPU, problem, kernel, None, None, None)
     assert described.rates == described.measured == FOUND.rates("float32", 64, 64)
 
 
@@ -128,10 +129,10 @@ def test_bench_measures_and_keeps(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_free_memory_is_no_more_than_the_control_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = machine.free_host_bytes()
+    free = budgets.free_host_bytes()
     assert free > 0
-    monkeypatch.setattr(machine, "_control_group", lambda: iter([(1000, 900, 50), (10**15, 0, 0)]))
-    assert machine.free_host_bytes() == 1000 - 900 + 50
+    monkeypatch.setattr(budgets, "_control_group", lambda: iter([(1000, 900, 50), (10**15, 0, 0)]))
+    assert budgets.free_host_bytes() == 1000 - 900 + 50
 
 
 def test_the_fastest_operator_of_each_size_is_kept(cache: Path) -> None:

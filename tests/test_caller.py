@@ -344,7 +344,7 @@ def test_another_thread_changes_no_handler(tmp_path: Path) -> None:
 
 def test_the_allocator_is_left_alone_where_no_budget_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
-    monkeypatch.setattr("cqsa_stream.allocator._count", lambda _, change: used.append(change))
+    monkeypatch.setattr("cqsa_stream.machine.allocator._count", lambda _, change: used.append(change))
     cqsa.attention(*qkv())
     assert used == []
     cqsa.attention(*qkv(), host_memory="1GiB")
@@ -352,7 +352,7 @@ def test_the_allocator_is_left_alone_where_no_budget_is_named(monkeypatch: pytes
 
 
 def test_page_locking_that_fails_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cqsa_stream.pinned import PageLock, pages
+    from cqsa_stream.engine.arena import PageLock, pages
 
     class Runtime:
         @staticmethod
@@ -454,12 +454,12 @@ def test_verify_says_what_is_the_inputs_fault_and_what_is_left(tmp_path: Path) -
 
 
 def test_two_runs_do_not_share_one_lse(tmp_path: Path) -> None:
-    from cqsa_stream.admission import Target
-    from cqsa_stream.execute import run_on_disk
-    from cqsa_stream.inputs import open_inputs
     from cqsa_stream.planning import Options
     from cqsa_stream.problem import Problem
-    from cqsa_stream.stopping import Stopper
+    from cqsa_stream.run.admission import Target
+    from cqsa_stream.run.inputs import open_inputs
+    from cqsa_stream.run.session import run_on_disk
+    from cqsa_stream.run.stopping import Stopper
 
     arrays = open_inputs(*qkv())
     problem = Problem.of(arrays["query"], arrays["key"], arrays["value"])
@@ -486,8 +486,8 @@ def test_the_time_of_a_resume_does_not_grow_with_the_finished_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first pair a session reads a bounded part of what is finished; a complete output is read whole."""
-    from cqsa_stream import outputs
-    from cqsa_stream.sinks import ZarrSink
+    from cqsa_stream.engine.sinks import ZarrSink
+    from cqsa_stream.run import outputs
 
     q, k, v = qkv(2000)
     for name, tensor in zip("qkv", (q, k, v), strict=True):
@@ -505,7 +505,7 @@ def test_the_time_of_a_resume_does_not_grow_with_the_finished_output(
     options: dict[str, Any] = {"chunks": 57, "schedule": "rectangular", "device": "cpu", "host_memory": "25MiB"}
     left = iter([None] * 90)
     with monkeypatch.context() as patch:
-        patch.setattr("cqsa_stream.stopping.Stopper.__call__", lambda *_: next(left, "stopped"))
+        patch.setattr("cqsa_stream.run.stopping.Stopper.__call__", lambda *_: next(left, "stopped"))
         with pytest.raises(cqsa.RunStopped):
             cqsa.attention(*paths, out=tmp_path / "out", **options)
     rows = cqsa.open_run(tmp_path / "out.run").status()["rows_done"]
@@ -541,7 +541,7 @@ def test_a_chunk_of_the_output_that_is_gone_or_short_is_computed_again(tmp_path:
 
 def test_damage_far_from_the_end_is_mended_by_the_same_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the check of a complete output finds is computed again, also where a session looks at a part only."""
-    monkeypatch.setattr("cqsa_stream.outputs._LOOKED_AT_BYTES", 0)
+    monkeypatch.setattr("cqsa_stream.run.outputs._LOOKED_AT_BYTES", 0)
     q, k, v = qkv(700)
     options: dict[str, Any] = {"chunks": 7, "out": tmp_path / "out", **CPU}
     expected = cqsa.attention(q, k, v, **options).read().result()
@@ -576,7 +576,7 @@ def test_inputs_of_which_some_moved_are_found(tmp_path: Path) -> None:
 
 
 def test_two_calls_at_a_time_keep_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cqsa_stream.surroundings import undisturbed
+    from cqsa_stream.machine.surroundings import undisturbed
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

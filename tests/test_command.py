@@ -169,7 +169,7 @@ def test_what_a_session_inherits_is_state(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("data")
 @pytest.mark.xfail(reason="verify asks the event log for the device, which is news", strict=True)
 def test_verifys_tolerance_is_not_read_from_the_news(cli: Cli, tmp_path: Path) -> None:
-    from cqsa_stream.run import RunDirectory
+    from cqsa_stream.run.directory import RunDirectory
 
     half = ("--tokens", 300, "--heads", 1, "--head-dim", 16, "--dtype", "float16")
     assert cli("generate", "e", *half).returncode == 0

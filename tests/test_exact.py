@@ -11,9 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import cqsa_stream as cqsa
 from cqsa_stream import planning
+from cqsa_stream.schedulers.model.traffic import counted
 from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.schedulers.planner import Machine, Request, make_plan, make_schedule
-from cqsa_stream.schedulers.traffic import counted
+from cqsa_stream.schedulers.search import Machine, Request, make_plan, make_schedule
 from tests.reference import dense, error, inputs
 
 KINDS = ("normal", "uniform", "peaked", "sink", "early keys unseen")

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import cqsa_stream as cqsa
 from cqsa_stream.generate import generate
-from cqsa_stream.kernels import merges_at_once
+from cqsa_stream.kernels.choose import merges_at_once
 from tests.conftest import stopping_after
 from tests.reference import dense, error, inputs
 

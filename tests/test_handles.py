@@ -14,9 +14,9 @@ import zarr
 from torch._subclasses import FakeTensorMode
 from zarr.codecs import GzipCodec
 
-from cqsa_stream.storage.arrays import open_array
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.memory import MemoryArray
+from cqsa_stream.storage.open import open_array
+from cqsa_stream.storage.readers.memory import MemoryArray
 from tests.test_arrays import SHAPE, by_n5, by_zarr, numbers, plain, plain_map, read
 
 ALL = (range(SHAPE[1]), range(SHAPE[2]))

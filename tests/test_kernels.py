@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from cqsa_stream.errors import InputError
-from cqsa_stream.kernels import Kernel, kernel_for
+from cqsa_stream.kernels.choose import Kernel, kernel_for
 from cqsa_stream.kernels.reference import PlainKernel
 from cqsa_stream.kernels.torch_cpu import TorchCpuKernel
 from cqsa_stream.kernels.torch_cuda import TorchCudaKernel
-from cqsa_stream.schedulers.masks import TileMask
+from cqsa_stream.schedulers.masks.bands import TileMask
 from tests.reference import dense
 
 GPU = pytest.param(TorchCudaKernel(), "cuda", torch.float16, 3e-3, 2e-3, marks=pytest.mark.gpu, id="torch-cuda")

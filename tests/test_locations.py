@@ -11,11 +11,11 @@ import pytest
 import tensorstore as ts
 import zarr
 
-from cqsa_stream.storage.arrays import open_array
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.locations import kvstore, local_name, redacted, without_secrets
-from cqsa_stream.storage.raw import RawArray
-from cqsa_stream.storage.tensorstore_array import context
+from cqsa_stream.storage.open import open_array
+from cqsa_stream.storage.readers.locations import kvstore, local_name, redacted, without_secrets
+from cqsa_stream.storage.readers.plain import RawArray
+from cqsa_stream.storage.readers.tensorstore import context
 from tests.servers import http_server
 from tests.test_arrays import by_zarr, numbers, plain, read
 from tests.test_handles import ALL, values_of

@@ -5,8 +5,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cqsa_stream.schedulers.masks import Causal, Full, Mask
-from cqsa_stream.schedulers.memory import Tile
+from cqsa_stream.schedulers.masks.bands import Causal, Full, Mask
+from cqsa_stream.schedulers.model.memory import Tile
 
 spans = st.tuples(st.integers(0, 50), st.integers(1, 50)).map(lambda t: range(t[0], t[0] + t[1]))
 tiles = st.builds(Tile, st.integers(1, 20), st.integers(1, 20), st.integers(1, 9))

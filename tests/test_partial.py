@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cqsa_stream.partial import Partial, merge
+from cqsa_stream.kernels.fold import Partial, merge
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cqsa_stream.schedulers.costs import cost, kernel_s
 from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.masks import mask_of
-from cqsa_stream.schedulers.memory import (
+from cqsa_stream.schedulers.masks.bands import mask_of
+from cqsa_stream.schedulers.model.memory import (
     Layout,
     Tile,
     Workload,
@@ -18,10 +17,11 @@ from cqsa_stream.schedulers.memory import (
     partial_file_bytes,
     segments,
 )
-from cqsa_stream.schedulers.planner import Machine, Request, make_plan, make_schedule
-from cqsa_stream.schedulers.rates import Rates, Speeds, TileTimes
+from cqsa_stream.schedulers.model.rates import Rates, Speeds, TileTimes
+from cqsa_stream.schedulers.model.seconds import cost, kernel_s
+from cqsa_stream.schedulers.model.traffic import Stored, Traffic, counted, estimated
 from cqsa_stream.schedulers.schedules import Cqs, Rectangular
-from cqsa_stream.schedulers.traffic import Stored, Traffic, counted, estimated
+from cqsa_stream.schedulers.search import Machine, Request, make_plan, make_schedule
 
 MIB = 2**20
 TILES = TileTimes.nominal(1e11, 128, 1e-4)

@@ -10,7 +10,7 @@ import pytest
 from cqsa_stream.errors import BudgetError, FullDiskError
 from cqsa_stream.observers import side_by_side
 from cqsa_stream.planning import refuse_what_is_not_there
-from cqsa_stream.schedulers.planner import make_plan
+from cqsa_stream.schedulers.search import make_plan
 from cqsa_stream.storage.output import create_array, write
 from tests.conftest import Cli
 from tests.test_planner import MACHINE, MIB, allowed, request
@@ -57,7 +57,7 @@ def test_what_the_machine_has_not_got_is_refused() -> None:
 
 def test_too_small_a_disk_is_told_before_anything_is_written(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli("generate", "d", "--tokens", 3000, "--heads", 1, "--head-dim", 16).returncode == 0
-    monkeypatch.setattr("cqsa_stream.machine._free_disk_bytes", lambda _: 1000)
+    monkeypatch.setattr("cqsa_stream.machine.budgets._free_disk_bytes", lambda _: 1000)
     refused = cli("run", *INPUTS, "o", "--device", "cpu")
     assert refused.returncode == 3
     assert "MiB needed, 0.0 MiB free" in refused.stderr

@@ -12,12 +12,12 @@ from crc32c import crc32c
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cqsa_stream.storage import ranges
-from cqsa_stream.storage.arrays import open_array
-from cqsa_stream.storage.checksum import appended
 from cqsa_stream.storage.errors import ArrayError
+from cqsa_stream.storage.open import open_array
 from cqsa_stream.storage.output import create_array, write
-from cqsa_stream.storage.ranges import PAGE, Piece, StoredFile, cut, read_pieces
+from cqsa_stream.storage.readers import ranges
+from cqsa_stream.storage.readers.checksum import appended
+from cqsa_stream.storage.readers.ranges import PAGE, Piece, StoredFile, cut, read_pieces
 
 SIZE = 5 * ranges.BOUNCE_BYTES // 2 + 777
 
@@ -97,7 +97,7 @@ def test_without_direct_access_it_is_read_otherwise(
             raise OSError(errno.EINVAL, "Invalid argument")
         return honest(first, second, *rest)
 
-    monkeypatch.setattr(f"cqsa_stream.storage.ranges.os.{refused}", refusing)
+    monkeypatch.setattr(f"cqsa_stream.storage.readers.ranges.os.{refused}", refusing)
     place = np.empty(SIZE, np.uint8)
     read_pieces(list(cut(StoredFile(str(path), SIZE), 0, SIZE, place, 1 << 20)), 2)
     assert place.tobytes() == data
@@ -115,7 +115,7 @@ def test_a_failing_disk_names_the_file_and_leaves_no_reader_behind(
     def failing(*_: Any) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("cqsa_stream.storage.ranges.os.preadv", failing)
+    monkeypatch.setattr("cqsa_stream.storage.readers.ranges.os.preadv", failing)
     pieces = list(cut(StoredFile(str(file[0]), SIZE), 0, SIZE, np.empty(SIZE, np.uint8), 4096))
     with pytest.raises(ArrayError, match=f"{file[0]}.*Input/output error"):
         read_pieces(pieces, 4)

@@ -12,9 +12,9 @@ import torch
 import zarr
 
 import cqsa_stream as cqsa
-from cqsa_stream.storage.arrays import open_array
 from cqsa_stream.storage.dtypes import numpy_dtype
-from cqsa_stream.storage.locations import kvstore
+from cqsa_stream.storage.open import open_array
+from cqsa_stream.storage.readers.locations import kvstore
 from tests.conftest import Cli
 from tests.servers import BUCKET, http_server, s3_server
 

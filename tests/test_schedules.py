@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.masks import mask_of
+from cqsa_stream.schedulers.masks.bands import mask_of
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
 from cqsa_stream.schedulers.schedules import NEVER, Cqs, Rectangular, Schedule, gaps, strides
 

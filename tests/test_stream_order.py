@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cqsa_stream.calls import Calls
-from cqsa_stream.partial import Partial
+from cqsa_stream.engine.calls import Calls
+from cqsa_stream.engine.staging import Stage
+from cqsa_stream.kernels.fold import Partial
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis
-from cqsa_stream.schedulers.masks import Call
-from cqsa_stream.schedulers.memory import Layout, Tile
-from cqsa_stream.staging import Stage
+from cqsa_stream.schedulers.masks.bands import Call
+from cqsa_stream.schedulers.model.memory import Layout, Tile
 
 
 class Stream:

@@ -11,14 +11,14 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from cqsa_stream.planning import _stored
-from cqsa_stream.storage import token_major
-from cqsa_stream.storage.arrays import TokenArray, open_array
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.fingerprint import fingerprint
-from cqsa_stream.storage.ranges import PAGE
-from cqsa_stream.storage.raw import RawArray
-from cqsa_stream.storage.tensorstore_array import TensorStoreArray
+from cqsa_stream.storage.open import TokenArray, open_array
+from cqsa_stream.storage.readers import token_major
+from cqsa_stream.storage.readers.plain import RawArray
+from cqsa_stream.storage.readers.ranges import PAGE
+from cqsa_stream.storage.readers.tensorstore import TensorStoreArray
 from tests.test_arrays import CASES, FORMATS, Maker, by_tensorstore, by_zarr, memmap, npy, numbers, plain, read
 from tests.test_arrays import served as served  # the servers that FORMATS needs
 
@@ -108,7 +108,7 @@ def test_files_are_read_in_slabs(
     if dtype != "float32" and name in ("npy", "memory map"):
         pytest.skip("numpy has no name for it")
     if past_cache:
-        monkeypatch.setattr("cqsa_stream.storage.raw.CACHED_BYTES", -1)
+        monkeypatch.setattr("cqsa_stream.storage.readers.plain.CACHED_BYTES", -1)
     values = values_of(dtype)
     row_bytes = HEADS * 8 * values.itemsize
     monkeypatch.setattr(token_major, "_SLAB_BYTES", 7 * row_bytes + 5)

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cqsa_stream.schedulers.masks import TileMask
-from cqsa_stream.schedulers.memory import Tile
+from cqsa_stream.schedulers.masks.bands import TileMask
+from cqsa_stream.schedulers.model.memory import Tile
 
 __all__ = ["PlainKernel", "formula"]
 

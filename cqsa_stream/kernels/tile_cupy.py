@@ -14,9 +14,9 @@ from cupy.cuda import cublas
 from jaxtyping import Float
 from torch import Tensor
 
-from cqsa_stream.schedulers.masks import TileMask
-from cqsa_stream.schedulers.memory import Tile
-from cqsa_stream.streams import Foreign
+from cqsa_stream.machine.streams import Foreign
+from cqsa_stream.schedulers.masks.bands import TileMask
+from cqsa_stream.schedulers.model.memory import Tile
 
 __all__ = ["CupyKernel"]
 

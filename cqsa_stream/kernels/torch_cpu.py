@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cqsa_stream.kernels.fold import fold
 from cqsa_stream.kernels.reference import formula
-from cqsa_stream.partial import fold
-from cqsa_stream.schedulers.masks import TileMask
-from cqsa_stream.schedulers.memory import Tile
+from cqsa_stream.schedulers.masks.bands import TileMask
+from cqsa_stream.schedulers.model.memory import Tile
 
 __all__ = ["TorchCpuKernel"]
 

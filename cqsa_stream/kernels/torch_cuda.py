@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cqsa_stream.calibration import load
-from cqsa_stream.schedulers.masks import TileMask
-from cqsa_stream.schedulers.memory import Tile
+from cqsa_stream.machine.calibration import load
+from cqsa_stream.schedulers.masks.bands import TileMask
+from cqsa_stream.schedulers.model.memory import Tile
 
 __all__ = ["OPERATORS", "TorchCudaKernel", "cudnn_runs"]
 

@@ -51,7 +51,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cqsa.attention(q, k, v, out=folder / "whole", **settings)
     left = iter([None] * 35)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cqsa_stream.stopping.Stopper.__call__", lambda *_: next(left, "stopped"))
+        patch.setattr("cqsa_stream.run.stopping.Stopper.__call__", lambda *_: next(left, "stopped"))
         with pytest.raises(cqsa.RunStopped):
             cqsa.attention(q, k, v, out=folder / "out", **settings)
     sizes = [p.stat().st_size for p in (folder / "out.run/partials").iterdir()]

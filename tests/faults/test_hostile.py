@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cqsa_stream as cqsa
-from cqsa_stream.manifest import Manifest
-from cqsa_stream.meter import HostPeak
-from cqsa_stream.run import RunDirectory
-from cqsa_stream.storage.arrays import open_array
+from cqsa_stream.engine.meter import HostPeak
+from cqsa_stream.run.directory import RunDirectory
+from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.storage.atomic import temporary_name
+from cqsa_stream.storage.open import open_array
 from cqsa_stream.storage.output import create_array, write
 from tests.conftest import ROOT, Cli
 

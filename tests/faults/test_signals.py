@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cqsa_stream import admission, stopping
-from cqsa_stream.stopping import Stopper
+from cqsa_stream.run import admission, stopping
+from cqsa_stream.run.stopping import Stopper
 from tests.conftest import Cli
 from tests.faults.harness import QKV, SCHEDULES, Cqsa, kill, options
 from tests.holding import HELD, STUCK, TOLD, wait_for
@@ -67,7 +67,7 @@ def test_a_time_limit_counts_from_the_command(cli: Cli, monkeypatch: pytest.Monk
         jumped[0] += 2000
         return looked_at(arrays)
 
-    monkeypatch.setattr("cqsa_stream.execute.fingerprints", jump)
+    monkeypatch.setattr("cqsa_stream.run.session.fingerprints", jump)
     monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + jumped[0]))
     found = cli("run", *QKV, "out", *words, "--max-seconds", 1000)
     assert found.returncode == 3, found.stderr

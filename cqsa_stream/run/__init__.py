@@ -1,0 +1,1 @@
+"""A run on disk: its directory, its state, what is refused, and the session that computes it."""

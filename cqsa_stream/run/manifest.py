@@ -1,0 +1,97 @@
+"""What a run is, as JSON that carries its own checksum; whatever a file claims is checked before it is believed."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cqsa_stream.problem import Problem
+from cqsa_stream.schedulers.grid import Axis, Grid
+from cqsa_stream.schedulers.search import MOST_CHUNKS
+from cqsa_stream.storage.open import LAYOUTS
+
+__all__ = ["Manifest"]
+
+_FORMAT = 3
+_INPUTS = {"query", "key", "value"}
+_ABOUT_INPUT = {"source", "beside", "fingerprint"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run is. ``inputs``: source and fingerprint of each, and ``beside``, its path relative to the run directory
+    ("" where it has none); ``layout``: their axes as they are stored; ``out_tokens``: tokens of a stored output chunk;
+    ``output`` and ``lse`` are paths relative to the run directory.
+    """
+
+    problem: Problem
+    rows: Axis
+    columns: Axis
+    out_tokens: int
+    inputs: dict[str, dict[str, str]]
+    output: str
+    lse: str
+    fill_missing: bool
+    layout: str = "bhtd"
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.of(self.rows, self.columns, self.problem.mask.keys_seen, self.problem.same_positions)
+
+    @property
+    def run_hash(self) -> bytes:
+        """The hash of problem and grid, which every stored partial carries."""
+        identity = {"problem": self.problem.to_dict(), "rows": asdict(self.rows), "columns": asdict(self.columns)}
+        return hashlib.sha256(_canonical(identity)).digest()
+
+    def to_json(self) -> bytes:
+        fields = {"format": _FORMAT, **asdict(self)}
+        fields["sha256"] = hashlib.sha256(_canonical(fields)).hexdigest()
+        return json.dumps(fields, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Manifest":
+        """Raises ValueError where this is not what ``to_json`` wrote, or says what no run can be."""
+        try:
+            fields = json.loads(data)
+            if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
+                raise ValueError(f"expected format {_FORMAT}")
+            checksum = fields.pop("sha256", None)
+            if checksum != hashlib.sha256(_canonical({"format": _FORMAT, **fields})).hexdigest():
+                raise ValueError("it fails its checksum")
+            problem = Problem.from_dict(fields["problem"])
+            axes = {name: Axis(**fields[name]) for name in ("rows", "columns")}
+            found = cls(**{**fields, "problem": problem, **axes})
+            found._refuse_the_impossible()
+        except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, UnicodeError) as error:
+            raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from error
+        return found
+
+    def _refuse_the_impossible(self) -> None:
+        """Raise ValueError where the fields do not fit together, or their sizes could exhaust memory."""
+        for axis, tokens in ((self.rows, self.problem.queries), (self.columns, self.problem.keys)):
+            if not all(type(n) is int for n in (axis.tokens, axis.chunk_tokens, axis.chunks)):
+                raise ValueError(f"a grid {axis}; expected whole numbers")
+            longest = tokens + tokens // 16  # as ``Axis.cut`` rounds
+            fits = 0 < axis.chunk_tokens <= longest and axis.chunk_tokens * axis.chunks >= tokens
+            if axis.tokens != tokens or not fits or not 0 < axis.chunks <= MOST_CHUNKS:
+                raise ValueError(f"a grid {axis} for {tokens} tokens")
+        if type(self.out_tokens) is not int or not 0 < self.out_tokens <= self.rows.chunk_tokens:
+            raise ValueError(f"output chunks of {self.out_tokens!r} tokens, in row chunks of {self.rows.chunk_tokens}")
+        if type(self.fill_missing) is not bool:
+            raise ValueError(f"fill_missing {self.fill_missing!r}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout {self.layout!r}; expected one of {', '.join(LAYOUTS)}")
+        for path in (self.output, self.lse):
+            if type(path) is not str or not path or b"\0" in os.fsencode(path):
+                raise ValueError(f"a path {path!r}")
+        if set(self.inputs) != _INPUTS or not all(set(about) == _ABOUT_INPUT for about in self.inputs.values()):
+            raise ValueError(f"inputs {sorted(self.inputs)}; expected {sorted(_ABOUT_INPUT)} of {sorted(_INPUTS)}")
+        for about in self.inputs.values():
+            if not all(type(word) is str and b"\0" not in os.fsencode(word) for word in about.values()):
+                raise ValueError(f"an input {about}")
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()

@@ -1,0 +1,1 @@
+"""Masks as lists of disjoint bands: one mask a file."""

@@ -1,0 +1,1 @@
+"""What a plan holds, moves and takes. Pure arithmetic."""

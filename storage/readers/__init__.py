@@ -1,0 +1,1 @@
+"""Reading token arrays: one format a file."""
