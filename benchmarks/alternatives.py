@@ -19,7 +19,7 @@ from cqsa_stream.schedulers.search import Machine, Request, make_plan
 MIB = 2**20
 GPU = Speeds(
     read_bytes_per_s=5e9, write_bytes_per_s=2e9, stage_bytes_per_s=2e10, touch_bytes_per_s=4e9, file_s=2e-3,
-    file_lost_s=1e-9, block_s=1e-4, read_cpu_s=2e-10, check_cpu_s=1e-9, expand_cpu_s=4e-9, on_processor=False,
+    file_lost_s=1e-9, block_s=1e-4, read_cpu_s=2e-10, check_cpu_s=1e-9, expand_cpu_s=4e-9,
 )  # fmt: skip
 SINGER = [(c, quorum_size(c)) for c in takewhile(lambda c: c <= 400, singer_numbers())]
 

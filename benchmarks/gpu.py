@@ -27,8 +27,8 @@ import torch
 from gpu_limits import HEADS, cudnn, disk, limits, seconds
 
 import cqsa_stream as cqsa
-from cqsa_stream.api import open_inputs
 from cqsa_stream.events import Ended, Event
+from cqsa_stream.inputs import open_inputs
 from cqsa_stream.storage.atomic import make_directory, replace_file
 from cqsa_stream.storage.open import TokenArray, open_array
 from cqsa_stream.storage.output import create_array

@@ -29,6 +29,7 @@ import cqsa_stream as cqsa
 from cqsa_stream.bench import measure
 from cqsa_stream.generate import generate
 from cqsa_stream.machine.calibration import path_for
+from cqsa_stream.machine.device import Host
 
 MIB = 2**20
 CHILD = """
@@ -37,8 +38,9 @@ import psutil, torch
 import cqsa_stream as cqsa
 from cqsa_stream.bench import speed
 from cqsa_stream.machine.calibration import load
+from cqsa_stream.machine.device import Host
 cqsa.attention
-cpu = torch.device("cpu")
+cpu = Host()
 def high_water():
     return int(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 directory, out, repeats, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
@@ -139,7 +141,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        cpu = torch.device("cpu")
+        cpu = Host()
         assert path_for(cpu).is_relative_to(folder)
         measure(cpu, folder).save(cpu)
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; MiB and seconds: "

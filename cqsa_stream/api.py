@@ -1,28 +1,27 @@
 """The Python surface: ``attention``, ``plan``, ``open_run``."""
 
+import inspect
 import os
 import signal
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 
-from cqsa_stream.errors import InputError
+from cqsa_stream.command import Command
 from cqsa_stream.events import Observer
-from cqsa_stream.machine.surroundings import undisturbed
-from cqsa_stream.observers import checked
-from cqsa_stream.planning import Options, plan_run
-from cqsa_stream.problem import Problem, is_number
-from cqsa_stream.run.admission import Target, refuse_other_inputs
-from cqsa_stream.run.inputs import open_inputs, refuse_gradients
+from cqsa_stream.observers.watching import checked
+from cqsa_stream.run.durable import compute
+from cqsa_stream.run.inputs import refuse_other_inputs
 from cqsa_stream.run.opened import Run, open_run
-from cqsa_stream.run.session import run_in_memory, run_on_disk
+from cqsa_stream.run.session import compute_in_memory, planned
 from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.storage.open import TokenArray
 
-__all__ = ["Run", "attention", "open_inputs", "open_run", "plan"]
+__all__ = ["Run", "attention", "open_run", "plan"]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def attention(
@@ -37,6 +36,7 @@ def attention(
     *,
     out: str | os.PathLike[str] | None = None,
     return_lse: bool = False,
+    window: int | None = None,
     q_start: int = 0,
     queries: tuple[int, int] | None = None,
     device: str = "auto",
@@ -49,6 +49,10 @@ def attention(
     max_seconds: float | None = None,
     kernel: str = "auto",
     layout: str = "bhtd",
+    fill_missing: bool = False,
+    fresh: bool = False,
+    out_dtype: str | None = None,
+    lse: str | os.PathLike[str] | None = None,
     observers: Sequence[Observer] = (),
 ) -> Any:
     """Compute exact attention of arrays that need not fit in memory; the arguments are those of torch's SDPA, and more.
@@ -60,11 +64,15 @@ def attention(
     Forward only: tensors that require grad are refused while grad is enabled.
 
     ``is_causal`` aligns by position: query row i stands at ``q_start + i`` and sees the keys up to its own position.
+    ``window=w``: of these the last w, its own among them, with ``is_causal`` or without.
     ``queries=(a, b)`` computes only those rows. ``scale``: 1 / sqrt(head_dim) where None.
 
     ``out=None`` returns a tensor. ``out=path`` writes a Zarr v3 array, durably: progress is kept in ``run_dir``
     (``OUT.run`` where None) every ``checkpoint_every_s`` seconds (60), the same call resumes, and the opened
-    ``tensorstore.TensorStore`` is returned. ``return_lse`` returns (output, lse [batch, heads, rows] float32).
+    ``tensorstore.TensorStore`` is returned. ``lse``: a path for the log-sum-exp; in the run directory where None.
+    ``fresh`` discards the earlier run of this output.
+    ``return_lse`` returns (output, lse [batch, heads, rows] float32). ``out_dtype``: the inputs' where None.
+    ``fill_missing`` reads missing stored chunks as the fill value.
 
     ``device_memory``, ``host_memory``: bytes or "4GiB"; None takes 80 % of what is free, or what the run's last session
     had. ``schedule``: "auto", "cqs" or "rectangular". ``chunks``: c, a Singer number where queries and keys are the
@@ -74,115 +82,45 @@ def attention(
     Raises InputError, BudgetError, LockedError, MismatchError, ArrayError, FullDiskError or NoMemoryError; RunStopped
     at ``max_seconds``; with ``out``, in the main thread, RunInterrupted at Ctrl-C, KeyboardInterrupt at the second.
     """
-    refuse_gradients(query, key, value)
-    _refuse_what_cannot_be(out, run_dir, return_lse=return_lse, is_causal=is_causal, enable_gqa=enable_gqa)
-    options = Options(
-        device=None if str(device) == "auto" else str(device),
-        device_memory=device_memory,
-        host_memory=host_memory,
-        schedule=None if schedule == "auto" else schedule,
-        chunks=chunks,
-        checkpoint_every_s=checkpoint_every_s,
-        max_seconds=max_seconds,
-        kernel=None if kernel == "auto" else kernel,
-    )
-    observers = checked(observers)
-    stop = Stopper((signal.SIGINT,), max_seconds)
-    target = None if out is None else Target.of(out, run_dir, layout=layout)
-    arrays, problem = _problem(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        q_start=q_start, queries=queries, layout=layout, target=target,
-    )  # fmt: skip
-    if target is None:
-        sink = run_in_memory(problem, arrays, options, observers, with_lse=return_lse)
-        home = query.device if isinstance(query, torch.Tensor) else torch.device("cpu")
-        found = sink.out.to(home) if layout == "bhtd" else sink.out.transpose(1, 2).to(home)
-        return found if sink.lse is None else (found, sink.lse.to(home))
-    directory = run_on_disk(problem, arrays, options, target, observers, stop)
+    words, observers = locals(), checked(observers)
+    stop = Stopper(() if out is None else (signal.SIGINT,))
+    command = _command(words)
+    if command.target is None:
+        found, found_lse = compute_in_memory(command, observers, stop, with_lse=return_lse)
+        home = query.device if isinstance(query, torch.Tensor) else found.device
+        found = found.to(home) if layout == "bhtd" else found.transpose(1, 2).to(home)
+        return found if found_lse is None else (found, found_lse.to(home))
+    compute(command, observers, stop)
     stop.pass_on()
-    run = Run(directory.path)
+    run = Run(command.target.run_dir)
     return (run.output(), run.lse()) if return_lse else run.output()
 
 
-def plan(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    out: str | os.PathLike[str] | None = None,
-    return_lse: bool = False,
-    q_start: int = 0,
-    queries: tuple[int, int] | None = None,
-    device: str = "auto",
-    device_memory: int | str | None = None,
-    host_memory: int | str | None = None,
-    schedule: str = "auto",
-    chunks: int | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
-    checkpoint_every_s: float | None = None,
-    max_seconds: float | None = None,
-    kernel: str = "auto",
-    layout: str = "bhtd",
-    observers: Sequence[Observer] = (),
-) -> Plan:
-    """Return what ``attention`` with the same options would do and need in a new run, reading nothing but shapes.
+def _taking_the_arguments_of(
+    other: Callable[Arguments, Any],
+) -> Callable[[Callable[..., Result]], Callable[Arguments, Result]]:
+    """Give a function the signature of another."""
+
+    def taking(function: Callable[..., Result]) -> Callable[Arguments, Result]:
+        function.__signature__ = inspect.signature(other)  # type: ignore[attr-defined]
+        return function
+
+    return taking
+
+
+@_taking_the_arguments_of(attention)
+def plan(*args: Any, **options: Any) -> Plan:
+    """Return what ``attention`` with the same arguments would do and need in a new run, reading nothing but shapes.
 
     The plan may be over budget: see its ``fits``. Print it, or take its ``to_dict()``. Raises InputError, ArrayError.
     """
-    _refuse_what_cannot_be(out, run_dir, return_lse=return_lse, is_causal=is_causal, enable_gqa=enable_gqa)
-    checked(observers)
-    options = Options(
-        str(device), device_memory, host_memory, schedule, chunks, checkpoint_every_s, max_seconds, kernel
-    )
-    where = None if out is None else Target.of(out, run_dir).out
-    arrays, problem = _problem(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        q_start=q_start, queries=queries, layout=layout,
-    )  # fmt: skip
-    with undisturbed():
-        return plan_run(problem, arrays, options, durable=out is not None, out=where)[0]
+    call = inspect.signature(attention).bind(*args, **options)
+    call.apply_defaults()
+    checked(call.arguments["observers"])
+    return planned(_command({**call.arguments, "fresh": True}))
 
 
-def _problem(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    *,
-    q_start: int,
-    queries: tuple[int, int] | None,
-    layout: str,
-    target: Target | None = None,
-) -> tuple[dict[str, TokenArray], Problem]:
-    if attn_mask is not None:
-        raise InputError("attn_mask: a mask in memory is not supported; take is_causal, q_start and queries")
-    if not is_number(dropout_p) or dropout_p != 0:
-        raise InputError(f"dropout_p {dropout_p!r}: not supported, the result is exact; leave it 0.0")
-    with undisturbed():
-        arrays = open_inputs(query, key, value, layout=layout)
-    if target is not None:
-        refuse_other_inputs(target, arrays)
-    problem = Problem.of(
-        arrays["query"], arrays["key"], arrays["value"], scale=scale, causal=is_causal, q_start=q_start, queries=queries
-    )
-    if problem.group > 1 and not enable_gqa:
-        raise InputError(f"{problem.heads} query heads over {problem.kv_heads} key/value heads; set enable_gqa=True")
-    return arrays, problem
-
-
-def _refuse_what_cannot_be(out: object, run_dir: object, **flags: object) -> None:
-    """Raise InputError where a flag is neither True nor False ("no" would count as True), or a run has no output."""
-    if out is None and run_dir is not None:
-        raise InputError("run_dir without out: a run that can be resumed needs a path for its output; give out")
-    for name, value in flags.items():
-        if not isinstance(value, bool | np.bool_):
-            raise InputError(f"{name} {value!r}; expected True or False")
+def _command(words: Mapping[str, Any]) -> Command:
+    """Parse a call: what is "auto" by default was not named."""
+    autos = {name: None for name in ("device", "schedule", "kernel") if str(words[name]) == "auto"}
+    return Command.of({**words, **autos}, refuse_other_inputs)

@@ -5,26 +5,22 @@ resumable; 4 over budget; 5 locked; 6 another problem or other inputs; 130 Ctrl-
 """
 
 import errno
+import inspect
 import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
 
-from cqsa_stream.errors import InputError, RunInterrupted, RunStopped
-
-if TYPE_CHECKING:
-    from cqsa_stream.problem import Problem
-    from cqsa_stream.run.admission import Target
-    from cqsa_stream.storage.open import TokenArray
+from cqsa_stream.errors import RunInterrupted, RunStopped
 
 __all__ = ["main"]
 
@@ -36,31 +32,61 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Causal = Annotated[bool, typer.Option("--causal", help="A query sees the keys up to its own position.")]
-Layout = Annotated[str, typer.Option(help="Axes of Q, K and V: bhtd, or bthd as in flash-attention (b batch, h head).")]
-Scale = Annotated[float | None, typer.Option(help="Factor of the scores; 1/sqrt(head dim) where not given.")]
-QStart = Annotated[int, typer.Option("--q-start", help="Position of the first query row.")]
-Queries = Annotated[str | None, typer.Option(metavar="A:B", help="Compute only the query rows A to B-1.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:<number>.")]
-DeviceMemory = Annotated[str | None, typer.Option("--device-memory", metavar="SIZE", help='As "4GiB" or "512MiB".')]
-HostMemory = Annotated[
-    str | None, typer.Option("--host-memory", metavar="SIZE", help="80 % of what is free if not given.")
-]
-ScheduleName = Annotated[str | None, typer.Option("--schedule", help="auto, cqs or rectangular.")]
-Chunks = Annotated[int | None, typer.Option(help="Number of chunks: 7, 13, 21, 31, 57, ...")]
-KernelName = Annotated[str | None, typer.Option("--kernel", help="auto, or cupy: float32 on CUDA, to compare with.")]
-FillMissing = Annotated[bool, typer.Option("--fill-missing", help="Read missing stored chunks as the fill value.")]
-OutDtype = Annotated[
-    str | None, typer.Option("--out-dtype", help="float32, float16 or bfloat16; the inputs' if not given.")
-]
-CheckpointEvery = Annotated[
-    float | None, typer.Option("--checkpoint-every", metavar="SECONDS", help="60 if not given.")
-]
-MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="Stop, resumable, after so long.")]
-Lse = Annotated[str | None, typer.Option(help="Where the log-sum-exp goes; into the run directory if not given.")]
-RunDir = Annotated[str | None, typer.Option("--run-dir", help="OUT.run if not given.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Discard the earlier run of OUT and its output.")]
+Out = Annotated[str, typer.Argument(metavar="OUT")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:<number>.")]
+
+
+class Option(NamedTuple):
+    """An option of `plan` and `run`, beside its word of `attention`. ``metavar`` None: as the parser names the kind."""
+
+    flag: str
+    kind: Any
+    help: str
+    default: Any = None
+    metavar: str | None = None
+
+
+RUN_OPTIONS = {
+    "is_causal": Option("--causal", bool, "A query sees the keys up to its own position.", False),
+    "window": Option("--window", int, "A query sees so many keys: its own, and those before it.", metavar="KEYS"),
+    "layout": Option(
+        "--layout", str, "Axes of the arrays: bhtd, or bthd as flash-attention's (b batch, h head).", "bhtd"
+    ),
+    "scale": Option("--scale", float, "Factor of the scores; 1/sqrt(head dim) where not given."),
+    "q_start": Option("--q-start", int, "Position of the first query row.", 0),
+    "queries": Option("--queries", str, "Compute only the query rows A to B-1.", metavar="A:B"),
+    "device": Option("--device", str, "auto, cpu, cuda or cuda:<number>."),
+    "device_memory": Option("--device-memory", str, 'As "4GiB" or "512MiB".', metavar="SIZE"),
+    "host_memory": Option("--host-memory", str, "80 % of what is free if not given.", metavar="SIZE"),
+    "schedule": Option("--schedule", str, "auto, cqs or rectangular."),
+    "chunks": Option("--chunks", int, "Number of chunks: 7, 13, 21, 31, 57, ..."),
+    "fill_missing": Option("--fill-missing", bool, "Read missing stored chunks as the fill value.", False),
+    "out_dtype": Option("--out-dtype", str, "float32, float16 or bfloat16; the inputs' if not given."),
+    "checkpoint_every_s": Option("--checkpoint-every", float, "60 if not given.", metavar="SECONDS"),
+    "max_seconds": Option("--max-seconds", float, "Stop, resumable, after so long."),
+    "kernel": Option("--kernel", str, "auto, or cupy: float32 on CUDA, to compare with."),
+    "lse": Option("--lse", str, "Where the log-sum-exp goes; into the run directory if not given."),
+    "run_dir": Option("--run-dir", str, "OUT.run if not given."),
+    "fresh": Option("--fresh", bool, "Discard the earlier run of OUT and its output.", False),
+}
+
+
+def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Declare Q, K, V and the run options in the place of a command's ``**words``: the parser reads the signature."""
+    parameter, arrays = inspect.Parameter, {"query": "Q", "key": "K", "value": "V"}
+    declared = [
+        parameter(word, parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[str, typer.Argument(metavar=name)])
+        for word, name in arrays.items()
+    ]
+    declared += [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
+    for word, (flag, kind, explained, default, metavar) in RUN_OPTIONS.items():
+        option = typer.Option(flag, help=explained, metavar=metavar)
+        hint = Annotated[kind if default is not None else kind | None, option]  # type: ignore[valid-type]
+        declared.append(parameter(word, parameter.KEYWORD_ONLY, default=default, annotation=hint))
+    command.__signature__ = inspect.Signature(sorted(declared, key=lambda p: p.kind))  # type: ignore[attr-defined]
+    return command
 
 
 def main() -> None:
@@ -127,6 +153,10 @@ def _say(message: str) -> None:
         print(f"cqsa: {message}", file=sys.stderr, flush=True)
 
 
+def _show(found: dict[str, Any], as_json: bool, described: Callable[[dict[str, Any]], str]) -> None:
+    _print(json.dumps(found) if as_json else described(found))
+
+
 def _print(data: object) -> None:
     """Print what a command is for. Raises OSError where it cannot be."""
     if sys.stdout is None:
@@ -150,8 +180,8 @@ def generate(
     codec: Annotated[str, typer.Option(help="none, crc32c or zstd.")] = "none",
 ) -> None:
     """Write normally distributed q.zarr, k.zarr and v.zarr into DIR."""
+    from cqsa_stream.command import local_path
     from cqsa_stream.generate import generate as make
-    from cqsa_stream.run.places import local_path
 
     paths = make(
         local_path(directory), tokens=tokens, heads=heads, head_dim=head_dim, kv_heads=kv_heads, batch=batch,
@@ -162,104 +192,58 @@ def generate(
 
 
 @app.command()
-def plan(
-    q: Annotated[str, typer.Argument(metavar="Q")],
-    k: Annotated[str, typer.Argument(metavar="K")],
-    v: Annotated[str, typer.Argument(metavar="V")],
-    out: Annotated[str | None, typer.Argument(metavar="OUT")] = None,
-    causal: Causal = False,
-    layout: Layout = "bhtd",
-    scale: Scale = None,
-    q_start: QStart = 0,
-    queries: Queries = None,
-    device: Device = None,
-    device_memory: DeviceMemory = None,
-    host_memory: HostMemory = None,
-    schedule: ScheduleName = None,
-    chunks: Chunks = None,
-    fill_missing: FillMissing = False,
-    out_dtype: OutDtype = None,
-    checkpoint_every: CheckpointEvery = None,
-    max_seconds: MaxSeconds = None,
-    kernel: KernelName = None,
-    lse: Lse = None,  # these three change nothing that a plan says: a run's options are taken as they are
-    run_dir: RunDir = None,
-    fresh: Fresh = False,
-    as_json: AsJson = False,
-) -> None:
-    """Say what a new run would need and take, without running it. Exit code 4 where it does not fit."""
-    from cqsa_stream.planning import Options, plan_run, refuse_over_budget
-    from cqsa_stream.run.admission import Target
+@_with_run_options
+def plan(out: Out = "out.zarr", *, as_json: AsJson = False, **words: Any) -> None:
+    """Print what a new run would need and take, without running it. Exit code 4 where it does not fit."""
+    from cqsa_stream.command import Command
+    from cqsa_stream.planning import refuse_over_budget
+    from cqsa_stream.run.inputs import refuse_other_inputs
+    from cqsa_stream.run.session import planned
 
-    where = None if out is None else Target.of(out, run_dir, lse).out
-    options = Options(device, device_memory, host_memory, schedule, chunks, checkpoint_every, max_seconds, kernel)
-    arrays, problem = _problem(q, k, v, fill_missing, layout, causal, scale, q_start, queries, out_dtype)
-    found, _ = plan_run(problem, arrays, options, durable=True, out=where)
+    found = planned(Command.of({**words, "out": out, "fresh": True}, refuse_other_inputs))
     _print(json.dumps(found.to_dict()) if as_json else found)
     refuse_over_budget(found)
 
 
 @app.command()
+@_with_run_options
 def run(
-    q: Annotated[str, typer.Argument(metavar="Q")],
-    k: Annotated[str, typer.Argument(metavar="K")],
-    v: Annotated[str, typer.Argument(metavar="V")],
-    out: Annotated[str, typer.Argument(metavar="OUT")],
-    causal: Causal = False,
-    layout: Layout = "bhtd",
-    scale: Scale = None,
-    q_start: QStart = 0,
-    queries: Queries = None,
-    device: Device = None,
-    device_memory: DeviceMemory = None,
-    host_memory: HostMemory = None,
-    schedule: ScheduleName = None,
-    chunks: Chunks = None,
-    fill_missing: FillMissing = False,
-    out_dtype: OutDtype = None,
-    checkpoint_every: CheckpointEvery = None,
-    max_seconds: MaxSeconds = None,
-    kernel: KernelName = None,
-    lse: Lse = None,
-    run_dir: RunDir = None,
-    fresh: Fresh = False,
+    out: Out,
+    *,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    **words: Any,
 ) -> None:
     """Compute OUT, a Zarr v3 array; the same command again resumes."""
     from cqsa_stream.run.stopping import Stopper
 
     here = Path.cwd()
-    stop = Stopper((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), max_seconds, owns_process=True)
-    with stop, _interruptible(out):  # from here on a signal is a request to stop at the first safe point
-        from cqsa_stream.observers import terminal_observer
-        from cqsa_stream.planning import Options
-        from cqsa_stream.run.admission import Target
-        from cqsa_stream.run.session import run_on_disk
+    try:
+        with Stopper((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), owns_process=True) as stop:
+            # from here on a signal is a request to stop at the first safe point
+            from cqsa_stream.command import Command
+            from cqsa_stream.observers.watching import terminal_observers
+            from cqsa_stream.run.durable import compute
+            from cqsa_stream.run.inputs import refuse_other_inputs
 
-        target = Target.of(out, run_dir, lse, fresh=fresh, fill_missing=fill_missing, layout=layout)
-        options = Options(
-            device, device_memory, host_memory, schedule, chunks,
-            checkpoint_every_s=checkpoint_every, max_seconds=max_seconds, kernel=kernel,
-        )  # fmt: skip
-        arrays, problem = _problem(q, k, v, fill_missing, layout, causal, scale, q_start, queries, out_dtype, target)
-        run_on_disk(problem, arrays, options, target, terminal_observer(as_json=as_json, quiet=quiet), stop)
+            command = Command.of({**words, "out": out}, refuse_other_inputs)
+            compute(command, terminal_observers(as_json=as_json, quiet=quiet), stop)
+    except RunStopped as error:
+        _say(f"{error}; the same command resumes {out}")
+        sys.exit(error.exit_code)
     _flushed(sys.stdout)  # events are news: the run is complete whether or not somebody reads them
-    if not quiet:
-        where = target.run_dir
+    if not quiet and command.target is not None:
+        where = command.target.run_dir
         _say(f"{out} is complete (run directory {where.relative_to(here) if where.is_relative_to(here) else where})")
 
 
 @app.command()
-def bench(
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
+def bench(device: Device = None, as_json: AsJson = False) -> None:
     """Measure this machine and the disk of the current folder, so that plans tell its seconds. Under a minute."""
     from cqsa_stream.bench import measure
-    from cqsa_stream.machine.budgets import choose_device
+    from cqsa_stream.machine.device import device_of
 
-    chosen = choose_device(device or "auto")
+    chosen = device_of(device or "auto")
     found = measure(chosen, Path.cwd())
     path = found.save(chosen)
     _print(found.to_json().decode().strip() if as_json else found)
@@ -268,7 +252,7 @@ def bench(
 
 @app.command()
 def status(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR")],
+    run_dir: RunDir,
     as_json: AsJson = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="Again every second, until the run is complete or stops.")
@@ -278,21 +262,18 @@ def status(
     from cqsa_stream.run.opened import open_run
 
     opened = open_run(run_dir)
-    at_work = watch and opened.directory.at_work()
-    while at_work:
-        found = opened.status(durable=False)
-        _print(json.dumps(found) if as_json else _described(found))
+    while watch and opened.directory.at_work():
+        _show(opened.status(durable=False), as_json, _described)
         time.sleep(1)
-        at_work = opened.directory.at_work()
     found = opened.status()
-    _print(json.dumps(found) if as_json else _described(found))
+    _show(found, as_json, _described)
     if watch and not found["complete"]:
         _say("stopped; the same run command resumes it")
 
 
 @app.command()
 def verify(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR")],
+    run_dir: RunDir,
     rows: Annotated[int, typer.Option(help="How many rows to compute anew.")] = 256,
     seed: Annotated[int, typer.Option()] = 0,
     fetch: Annotated[bool, typer.Option("--fetch", help="Fetch inputs from the URLs in the run directory.")] = False,
@@ -305,7 +286,7 @@ def verify(
     from cqsa_stream.run.opened import open_run
 
     found = open_run(run_dir).verify(rows=rows, seed=seed, fetch=fetch)
-    _print(json.dumps(asdict(found)) if as_json else _lines(asdict(found)))
+    _show(asdict(found), as_json, _lines)
     if not found.complete:
         _say("the run is incomplete: only its finished rows were checked")
     if found.not_finite_rows:
@@ -317,48 +298,9 @@ def verify(
         sys.exit(1)
 
 
-def _problem(
-    q: str, k: str, v: str, fill_missing: bool, layout: str, causal: bool, scale: float | None, q_start: int,
-    queries: str | None, out_dtype: str | None, target: "Target | None" = None,
-) -> "tuple[dict[str, TokenArray], Problem]":  # fmt: skip
-    from cqsa_stream.problem import Problem
-    from cqsa_stream.run.inputs import open_inputs
-
-    rows = _query_range(queries)
-    arrays = open_inputs(q, k, v, fill_missing=fill_missing, layout=layout)
-    if target is not None:
-        from cqsa_stream.run.admission import refuse_other_inputs
-
-        refuse_other_inputs(target, arrays)
-    problem = Problem.of(
-        arrays["query"], arrays["key"], arrays["value"], scale=scale, causal=causal, q_start=q_start, queries=rows,
-        out_dtype=out_dtype,
-    )  # fmt: skip
-    return arrays, problem
-
-
-def _query_range(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, colon, stop = text.partition(":")
-    if not (colon and all(n.isdecimal() and len(n) < 19 for n in (first, stop))):
-        raise InputError(f"--queries {text!r}; expected A:B, as 0:4096")
-    return int(first), int(stop)
-
-
-@contextmanager
-def _interruptible(out: str) -> Iterator[None]:
-    """Say how to go on after a stop."""
-    try:
-        yield
-    except RunStopped as error:
-        _say(f"{error}; the same command resumes {out}")
-        sys.exit(error.exit_code)
-
-
 def _described(found: dict[str, Any]) -> str:
     """Return a run's status as text: its figures, then what was predicted beside what was measured."""
-    from cqsa_stream.observers import side_by_side
+    from cqsa_stream.observers.lines import side_by_side
 
     plain = {name: value for name, value in found.items() if name not in ("predicted", "measured")}
     return f"{_lines(plain)}\n\n{side_by_side(found['predicted'] or {}, found['measured'])}"

@@ -1,75 +1,43 @@
 """From a problem, its arrays and a device to a plan."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cqsa_stream.errors import BudgetError, InputError
-from cqsa_stream.kernels.choose import KERNELS, Kernel, kernel_for, merges_at_once
-from cqsa_stream.machine.budgets import FREE_SHARE, choose_device, describe, parse_size
-from cqsa_stream.problem import Problem, dtype_bytes, is_finite, is_number
+from cqsa_stream.kernels.choose import kernel_of, merges_at_once
+from cqsa_stream.kernels.contract import Kernel, KernelChoice
+from cqsa_stream.machine.budgets import FREE_SHARE, describe
+from cqsa_stream.machine.device import Device, device_of
+from cqsa_stream.operations.forward import forward_sums
+from cqsa_stream.options import Options
+from cqsa_stream.problem import Problem, dtype_bytes
 from cqsa_stream.schedulers.grid import Grid
-from cqsa_stream.schedulers.model.memory import Workload
+from cqsa_stream.schedulers.model.memory import Layout, Workload
 from cqsa_stream.schedulers.model.traffic import Stored
 from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.schedulers.quorums import quorum_size
-from cqsa_stream.schedulers.search import MOST_CHUNKS, Request, make_plan
+from cqsa_stream.schedulers.request import Request
+from cqsa_stream.schedulers.schedules import AUTO
+from cqsa_stream.schedulers.search import make_plan
+from cqsa_stream.storage.contract import TokenArray
 from cqsa_stream.storage.errors import FullDiskError
-from cqsa_stream.storage.open import TokenArray
 from cqsa_stream.storage.readers.plain import CACHED_BYTES
 
-__all__ = ["CHECKPOINT_EVERY_S", "Options", "plan_run", "refuse_over_budget", "refuse_what_is_not_there"]
-
-SCHEDULES = ("auto", "cqs", "rectangular")
-CHECKPOINT_EVERY_S = 60.0
+__all__ = ["Chosen", "plan_run", "refuse_over_budget", "refuse_what_is_not_there"]
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to run, as opposed to what: none of it changes the result beyond rounding. None: not named by the user."""
+class Chosen:
+    """What the bits of a result depend on, besides the problem and the grid. ``layout``: the plan's, as a dict."""
 
-    device: str | None = None
-    device_memory: int | str | None = None
-    host_memory: int | str | None = None
-    schedule: str | None = None
-    chunks: int | None = None
-    checkpoint_every_s: float | None = None
-    max_seconds: float | None = None
-    kernel: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raises InputError where a value cannot be, whatever the problem."""
-        if self.kernel is not None and self.kernel not in KERNELS:
-            raise InputError(f"kernel {self.kernel!r}; expected one of {', '.join(KERNELS)}")
-        if self.chunks is not None:
-            if not is_number(self.chunks) or self.chunks % 1 or not 0 < self.chunks <= MOST_CHUNKS:
-                raise InputError(f"chunks {self.chunks!r}; expected a whole number, 1 to {MOST_CHUNKS}")
-            object.__setattr__(self, "chunks", int(self.chunks))  # numpy's numbers are none of JSON's
-        if self.schedule is not None and self.schedule not in SCHEDULES:
-            raise InputError(f"schedule {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
-        for name in ("checkpoint_every_s", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (is_finite(value) and value >= 0):
-                raise InputError(f"{name} {value!r}; expected seconds, at least 0")
-            if value is not None:
-                object.__setattr__(self, name, float(value))
-        for name in ("device_memory", "host_memory"):
-            parse_size(getattr(self, name), name)
-
-    def check(self, problem: Problem) -> None:
-        """Raises InputError where a value cannot be, for this problem on this machine."""
-        self.kernel_on(choose_device(self.device or "auto"), problem)
-        if self.chunks is not None and problem.same_positions:
-            try:
-                quorum_size(self.chunks)
-            except ValueError as error:
-                raise InputError(str(error)) from error
-
-    def kernel_on(self, device: torch.device, problem: Problem) -> Kernel:
-        """Return the kernel that computes the problem on a device. Raises InputError where there is none."""
-        return kernel_for(device, getattr(torch, problem.dtype), self.kernel or "auto")
+    schedule: str
+    layout: dict[str, Any]
+    kernel: str
+    operator: str
 
 
 def plan_run(
@@ -81,42 +49,42 @@ def plan_run(
     out: Path | None = None,
     grid: Grid | None = None,
     out_tokens: int | None = None,
-) -> tuple[Plan, torch.device]:
-    """Return the plan, over budget or not, and the device it is for. ``out``: where a new durable run's output goes.
+    fixed: Chosen | None = None,
+) -> tuple[Plan, Device]:
+    """Return the plan, over budget or not, and the device it is for. ``out``: where a new durable run's output goes;
+    ``grid`` and ``out_tokens`` of a run that has begun, and ``fixed``, what its last session chose.
 
     Raises InputError.
     """
     options.check(problem)
-    device = choose_device(options.device or "auto")
-    if problem.dtype == "float64" and device.type != "cpu":
+    device, stored = device_of(options.device or "auto"), getattr(torch, problem.dtype)
+    if problem.dtype == "float64" and device.habits.own_memory:
         raise InputError(f"float64 arrays on {device}: take --device cpu, or convert them to float32")
-    kernel = options.kernel_on(device, problem)
-    machine = describe(
-        device,
-        problem,
-        kernel,
-        parse_size(options.device_memory, "device_memory"),
-        parse_size(options.host_memory, "host_memory"),
-        out,
-    )
-    every = options.checkpoint_every_s
+    choice, again = options.kernel_choice(device, problem), None
+    if fixed is not None:
+        with suppress(ValueError, KeyError, TypeError):  # InputError too: chosen by another version, or elsewhere
+            found = KernelChoice(fixed.kernel, fixed.operator)
+            kernel_of(found, device.torch, stored)
+            again, choice = (fixed.schedule, Layout.from_dict(fixed.layout)), found
+    kernel = kernel_of(choice, device.torch, stored)
+    machine = describe(device, problem, choice, *options.budgets, out)
     request = Request(
-        work=_workload(problem, arrays, device, kernel, durable=durable),
+        work=_workload(problem, arrays, kernel, merged_at_once=merges_at_once(device.torch), durable=durable),
         queries=problem.queries,
         keys=problem.keys,
-        first_query=problem.first_query,
         same_positions=problem.same_positions,
-        mask=problem.mask,
+        mask=problem.visible,
         arrays=(
-            _stored(arrays["query"], problem.group),
+            _stored(arrays["query"], problem.group, problem.first_query),
             _stored(arrays["key"], 1),
             _stored(arrays["value"], 1),
         ),
-        checkpoint_every_s=CHECKPOINT_EVERY_S if every is None else every,
-        schedule=options.schedule or "auto",
+        checkpoint_every_s=options.interval_s,
+        schedule=options.schedule or AUTO,
         chunks=options.chunks,
         grid=grid,
         out_tokens=out_tokens,
+        fixed=again,
     )
     try:
         return replace(make_plan(request, machine), about=str(problem)), device
@@ -151,51 +119,59 @@ def refuse_what_is_not_there(plan: Plan) -> None:
 
 
 def _workload(
-    problem: Problem, arrays: dict[str, TokenArray], device: torch.device, kernel: Kernel, *, durable: bool
+    problem: Problem, arrays: dict[str, TokenArray], kernel: Kernel, *, merged_at_once: bool, durable: bool
 ) -> Workload:
-    out_itemsize = dtype_bytes(problem.out_dtype)
+    can = kernel.abilities
+    [by_rows] = forward_sums(problem)
+    in_memory = math.prod(problem.out_shape[:3]) * (problem.value_dim * dtype_bytes(problem.out_dtype) + 4)
     return Workload(
         lanes=problem.lanes,
         group=problem.group,
         head_dim=problem.head_dim,
         value_dim=problem.value_dim,
         stored_itemsize=dtype_bytes(problem.dtype),
-        compute_itemsize=kernel.compute_dtype(getattr(torch, problem.dtype)).itemsize,
+        compute_itemsize=can.compute_dtype(getattr(torch, problem.dtype)).itemsize,
         partial_itemsize=dtype_bytes(problem.partial_dtype),
-        out_itemsize=out_itemsize,
+        out_itemsize=dtype_bytes(problem.out_dtype),
+        row_bytes=by_rows.token_bytes,
+        left_bytes=by_rows.left_bytes,
         flops=problem.flops,
         staging_bytes=max(array.staging_bytes for array in arrays.values()),
-        calls_at_a_time=kernel.at_a_time,
-        score_bytes=kernel.score_bytes,
-        score_columns=kernel.score_columns,
-        workspace_bytes=kernel.workspace_bytes,
-        merged_at_once=merges_at_once(device),
+        calls_at_a_time=can.calls_at_a_time,
+        score_bytes=can.score_bytes,
+        score_columns=can.score_columns,
+        workspace_bytes=can.workspace_bytes,
+        merged_at_once=merged_at_once,
+        lower_edges=any(band.lo is not None for band in problem.visible),
         kept_bytes=sum(array.kept_bytes for array in arrays.values()),
         durable=durable,
-        resident_output_bytes=0
-        if durable
-        else math.prod(problem.out_shape) * out_itemsize + 4 * math.prod(problem.out_shape[:3]),
+        resident_output_bytes=0 if durable else in_memory,
     )
 
 
-def _stored(array: TokenArray, heads: int) -> Stored:
-    """Describe what reading ``heads`` neighbouring heads fetches: chunks that hold other heads too come whole."""
+def _stored(array: TokenArray, heads: int, first: int = 0) -> Stored:
+    """Describe what reading ``heads`` neighbouring heads fetches: chunks that hold other heads too come whole.
+
+    ``first``: the first token that is used.
+    """
+    batches, all_heads, tokens, features = array.shape
     batch_chunk, head_chunk, token_chunk, _ = array.stored_chunk
-    lanes = array.shape[1] // heads
-    whole = array.encoding == "checked"  # then the last chunk is read with what pads it
+    lanes, row_bytes = all_heads // heads, features * dtype_bytes(array.dtype)
+    whole = array.encoding == "checked"  # chunks come once with what pads them, and then by ranges
     chunks = sum(-(-(lane + 1) * heads // head_chunk) - lane * heads // head_chunk for lane in range(lanes))
+    starts = range(0, all_heads, head_chunk)
+    asked = sum(min((start // heads + 1) * heads, start + head_chunk, all_heads) - start for start in starts)
+    groups = -(-batches // batch_chunk)  # of chunks; their heads are shared out to the batches
     return Stored(
-        axis_tokens=-(-array.shape[2] // token_chunk) * token_chunk if whole else array.shape[2],
+        axis_tokens=-(-tokens // token_chunk) * token_chunk if whole else tokens,
         chunk_tokens=token_chunk,
-        heads_fetched=chunks * head_chunk * batch_chunk,
+        heads_fetched=all_heads if whole else chunks * head_chunk * batch_chunk,
         lanes=lanes,
-        row_bytes=array.shape[3] * dtype_bytes(array.dtype),
+        row_bytes=row_bytes,
         encoding=array.encoding,
+        first=first,
         in_memory=array.source == "memory",
-        leaf_bytes=array.leaf_bytes,
-        past_cache=array.encoding != "compressed" and _bytes(array) > CACHED_BYTES,
+        heads_checked=-(-len(starts) * head_chunk * batch_chunk * groups // batches),
+        heads_first=-(-asked * groups // batches),
+        past_cache=array.encoding != "compressed" and math.prod(array.shape[:3]) * row_bytes > CACHED_BYTES,
     )
-
-
-def _bytes(array: TokenArray) -> int:
-    return math.prod(array.shape) * dtype_bytes(array.dtype)

@@ -1,25 +1,24 @@
 """The problem: what is to be computed, checked before anything runs."""
 
+import dataclasses
 import math
 import operator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 from typing import Any, Protocol
 
 from cqsa_stream.errors import InputError
-from cqsa_stream.schedulers.masks.bands import Mask, mask_of
+from cqsa_stream.schedulers.masks.bands import Mask
+from cqsa_stream.schedulers.masks.causal import causal as causal_mask
+from cqsa_stream.schedulers.masks.full import full as full_mask
+from cqsa_stream.schedulers.masks.window import window as window_mask
+from cqsa_stream.storage.dtypes import DTYPES, OUT_DTYPES, dtype_bytes
 
 __all__ = ["DTYPES", "MOST_LANES", "OUT_DTYPES", "Problem", "dtype_bytes", "is_finite", "is_number"]
 
-DTYPES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 MOST_LANES = 1 << 20
-OUT_DTYPES = ("float64", "float32", "float16", "bfloat16")
-
-
-def dtype_bytes(dtype: str) -> int:
-    """Return the bytes of one number."""
-    return DTYPES[dtype]
+_MOST_NAME = 200
 
 
 def is_number(value: object) -> bool:
@@ -49,8 +48,8 @@ class Problem:
     """Attention of ``[batch, heads, query_tokens, head_dim]`` over ``[batch, kv_heads, keys, ...]``.
 
     ``first_query`` and ``queries`` name the computed slice of the query rows; the output has ``queries`` rows. Row i of
-    the slice stands at position ``q_start + first_query + i``. A lane is one (batch, K/V head); the ``group`` query
-    heads that share it ride together.
+    the slice stands at position ``q_start + first_query + i``, key j at position j; ``mask`` is over these positions. A
+    lane is one (batch, K/V head); the ``group`` query heads that share it ride together.
     """
 
     batch: int
@@ -63,7 +62,7 @@ class Problem:
     dtype: str
     out_dtype: str
     scale: float
-    causal: bool
+    mask: Mask
     q_start: int
     first_query: int
     queries: int
@@ -77,6 +76,7 @@ class Problem:
         *,
         scale: float | None = None,
         causal: bool = False,
+        window: int | None = None,
         q_start: int = 0,
         queries: tuple[int, int] | None = None,
         out_dtype: str | None = None,
@@ -116,7 +116,7 @@ class Problem:
             dtype=query.dtype,
             out_dtype=out_dtype or (query.dtype if query.dtype in OUT_DTYPES else "bfloat16"),
             scale=head_dim**-0.5 if scale is None else float(scale),
-            causal=bool(causal),
+            mask=_masked(range(q_start, q_start + query_tokens), keys, causal=bool(causal), window=window),
             q_start=q_start,
             first_query=first,
             queries=stop - first,
@@ -124,7 +124,7 @@ class Problem:
 
     def __str__(self) -> str:
         """Say it in a line, as it was understood."""
-        rows, where = f"{self.query_tokens:,} tokens", "causal" if self.causal else "full"
+        rows = f"{self.query_tokens:,} tokens"
         if self.queries != self.query_tokens:
             rows = f"rows {self.first_query:,} to {self.first_query + self.queries - 1:,} of {rows}"
         shared = "" if self.group == 1 else f" on {self.kv_heads}"
@@ -133,7 +133,7 @@ class Problem:
         start = f", first query at {self.q_start:,}" if self.q_start else ""
         return (
             f"query {self.batch} x {self.heads} heads{shared} x {rows} x {self.head_dim} {self.dtype}{keys}{values}, "
-            f"{where}{start}"
+            f"{self.mask}{start}"
         )
 
     @property
@@ -155,15 +155,21 @@ class Problem:
         batch, head = divmod(lane, self.kv_heads)
         return batch, range(head * self.group, (head + 1) * self.group), range(head, head + 1)
 
+    def output_heads(self, sum_: int, lane: int) -> tuple[int, range]:
+        """Return (batch, heads) of a lane in the output of the sum by query rows, the only one."""
+        return self.lane_heads(lane)[:2]
+
     @property
     def same_positions(self) -> bool:
         """Whether queries and keys are the same positions of one sequence."""
         return self.queries == self.query_tokens == self.keys and self.q_start == 0
 
     @cached_property
-    def mask(self) -> Mask:
-        """The mask over (computed query rows, keys)."""
-        return mask_of(self.causal, self.keys, self.q_start + self.first_query)
+    def visible(self) -> Mask:
+        """The mask over (computed query rows, keys), both counted from 0."""
+        first = self.q_start + self.first_query
+        rows = range(first, first + self.queries)
+        return self.mask.restricted(rows, range(self.keys)).shifted(-first, 0)
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, int, int, int]]:
@@ -180,16 +186,20 @@ class Problem:
     @cached_property
     def flops(self) -> int:
         """Floating-point operations of all lanes: 2 (head_dim + value_dim) for each visible score."""
-        scores = self.mask.scores(range(self.queries), range(self.keys))
+        scores = self.visible.scores(range(self.queries), range(self.keys))
         return 2 * (self.head_dim + self.value_dim) * scores * self.heads * self.batch
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the problem as JSON holds it: the mask as six numbers of each of its bands, and its name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "mask": {"name": self.mask.name, "bands": self.mask.to_list()}}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Problem":
         """Raises ValueError or TypeError where this is not what ``to_dict`` gave of a problem."""
-        claimed = cls(**fields)
+        named = fields["mask"]
+        mask = Mask.from_list(named["bands"], str(named["name"])[:_MOST_NAME])
+        claimed = cls(**{**fields, "mask": mask})
         for name, kind in cls.__annotations__.items():
             if type(getattr(claimed, name)) is not kind:
                 raise ValueError(f"{name} {getattr(claimed, name)!r}; expected {kind.__name__}")
@@ -198,13 +208,15 @@ class Problem:
         found = cls.of(
             *(_Shaped(shape, claimed.dtype) for shape in claimed.input_shapes.values()),
             scale=claimed.scale,
-            causal=claimed.causal,
             q_start=claimed.q_start,
             queries=(claimed.first_query, claimed.first_query + claimed.queries),
             out_dtype=claimed.out_dtype,
         )
-        assert found == claimed
-        return found
+        positions = range(claimed.q_start, claimed.q_start + claimed.query_tokens)
+        if mask.restricted(positions, range(claimed.keys)) != mask:
+            raise ValueError(f"a mask beyond positions {positions} and {claimed.keys} keys")
+        assert dataclasses.replace(found, mask=mask) == claimed
+        return claimed
 
 
 @dataclass(frozen=True)
@@ -239,3 +251,10 @@ def _refuse_misfits(query: Described, key: Described, value: Described) -> None:
         raise InputError(f"head dims {head_dim} and {value_dim} (value); expected at most 256")
     if heads % kv_heads:
         raise InputError(f"{heads} query heads over {kv_heads} key/value heads; expected a multiple")
+
+
+def _masked(positions: range, keys: int, *, causal: bool, window: int | None) -> Mask:
+    """Return the mask of queries at these positions."""
+    if window is not None:
+        return window_mask(positions, keys, window)
+    return (causal_mask if causal else full_mask)(positions, keys)

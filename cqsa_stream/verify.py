@@ -13,6 +13,7 @@ from torch import Tensor
 from cqsa_stream.errors import CqsaError
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis
+from cqsa_stream.schedulers.masks.bands import Mask
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.open import TokenArray
 
@@ -205,18 +206,32 @@ def _reference(problem: Problem, arrays: dict[str, TokenArray], lane: int, chose
     queries = torch.cat(
         [_read(arrays["query"], batch, heads[h], range(row + first, row + first + 1)) for h, row in chosen]
     )
-    seen = [problem.mask.seen_by(row) for _, row in chosen]
-    starts = torch.tensor([span.start for span in seen])[:, None]
-    stops = torch.tensor([span.stop for span in seen])[:, None]
+    positions = torch.tensor([problem.q_start + first + row for _, row in chosen])[:, None]
     reference = _Reference.empty(len(chosen), problem.value_dim)
-    for start in range(0, max(span.stop for span in seen), _BLOCK_TOKENS):
+    for start in range(0, problem.keys, _BLOCK_TOKENS):
         tokens = range(start, min(start + _BLOCK_TOKENS, problem.keys))
-        keys, values = (_read(arrays[name], batch, kv_head, tokens) for name in ("key", "value"))
-        position = torch.arange(tokens.start, tokens.stop)
-        scores = (queries * problem.scale) @ keys.T
-        scores.masked_fill_((position < starts) | (position >= stops), -torch.inf)
-        reference.add(scores, values)
+        seen = _seen(problem.mask, positions, torch.arange(tokens.start, tokens.stop))
+        if seen.any():
+            keys, values = (_read(arrays[name], batch, kv_head, tokens) for name in ("key", "value"))
+            scores = (queries * problem.scale) @ keys.T
+            reference.add(scores.masked_fill_(~seen, -torch.inf), values)
     return reference
+
+
+def _seen(mask: Mask, queries: Tensor, keys: Tensor) -> Tensor:
+    """Return which keys ``[k]`` queries ``[q, 1]`` see, both given by position: by the definition of bands."""
+    found = torch.zeros(len(queries), len(keys), dtype=torch.bool)
+    lowest, highest, first, last = (int(n) for n in (queries.min(), queries.max(), keys[0], keys[-1]))
+    for r0, r1, c0, c1, lo, hi in mask:
+        if r1 <= lowest or r0 > highest or c1 <= first or c0 > last:
+            continue
+        seen = (queries >= r0) & (queries < r1) & (keys >= c0) & (keys < c1)
+        if lo is not None:
+            seen &= keys - queries >= lo
+        if hi is not None:
+            seen &= keys - queries <= hi
+        found |= seen
+    return found
 
 
 def _read(array: TokenArray, batch: int, head: int, tokens: range) -> Tensor:

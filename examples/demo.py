@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cqsa_stream.observers import side_by_side
+from cqsa_stream.observers.lines import side_by_side
 
 FOLDER = Path("demo")
 CQSA = [sys.executable, "-c", "from cqsa_stream.cli import main; main()"]

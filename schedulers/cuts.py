@@ -21,7 +21,7 @@ def cuts(request: Request, machine: Machine) -> list[tuple[Axis, Axis]]:
     if request.same_positions:
         found = [Axis.cut(request.keys, c) for c in _same_position_chunks(request, machine)]
         return [(axis, axis) for axis in found]
-    tokens = min(request.keys, machine.column_tokens)
+    tokens = min(request.keys, machine.habits.column_tokens)
     columns = Axis(request.keys, tokens, -(-request.keys // tokens))
     return [(Axis.cut(request.queries, c), columns) for c in _row_chunks(request, machine)]
 
@@ -49,7 +49,7 @@ def _row_chunks(request: Request, machine: Machine) -> list[int]:
         if chunks < 1:
             raise ValueError(f"{chunks} chunks; expected at least 1")
         return [chunks]
-    largest = machine.column_tokens
+    largest = machine.habits.column_tokens
     least = min(_LEAST_CHUNK_TOKENS, largest)
     sizes = [largest >> n for n in range(largest.bit_length())]
     useful = [size for size in sizes if size >= least and -(-queries // size) <= MOST_CHUNKS]

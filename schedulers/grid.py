@@ -1,10 +1,14 @@
 """The grid of a run: queries cut into row chunks, keys into column chunks, and which pairs of them are needed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from cqsa_stream.schedulers.masks.bands import Mask
+from cqsa_stream.schedulers.runs import NONE, Runs
+
 __all__ = ["Axis", "Grid"]
+
+_MOST_KNOWN = 4_096  # row chunks whose needs are remembered
 
 
 @dataclass(frozen=True)
@@ -27,44 +31,58 @@ class Axis:
         """The chunks that hold tokens at all."""
         return -(-self.tokens // self.chunk_tokens)
 
+    @property
+    def all(self) -> range:
+        """All tokens."""
+        return range(self.tokens)
+
     def span(self, chunk: int) -> range:
         """Return the tokens of a chunk; empty past the end."""
         start = min(chunk * self.chunk_tokens, self.tokens)
         return range(start, min(start + self.chunk_tokens, self.tokens))
 
-    def chunks_meeting(self, tokens: range) -> range:
+    def chunks_meeting(self, tokens: Runs) -> Runs:
         """Return the chunks that hold any of the tokens."""
-        if not tokens:
-            return range(0)
-        return range(tokens.start // self.chunk_tokens, (tokens.stop - 1) // self.chunk_tokens + 1)
+        size = self.chunk_tokens
+        return Runs(range(part.start // size, (part.stop - 1) // size + 1) for part in tokens.ranges)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """``needed[a]`` holds the column chunks that row chunk a must attend to.
+    """Row chunks by column chunks. ``mask`` is over (query rows, keys), both counted from 0.
 
     ``same_positions``: row chunk i and column chunk i are the same tokens of one sequence.
     """
 
     rows: Axis
     columns: Axis
-    needed: tuple[range, ...]
+    mask: Mask
     same_positions: bool
 
-    @classmethod
-    def of(cls, rows: Axis, columns: Axis, keys_seen: Callable[[range], range], same_positions: bool) -> "Grid":
-        """Build the grid; ``keys_seen(rows)`` gives the keys that any of the query rows sees."""
-        needed = tuple(
-            columns.chunks_meeting(keys_seen(span)) if (span := rows.span(a)) else range(0) for a in range(rows.chunks)
-        )
-        return cls(rows, columns, needed, same_positions)
+    def needed(self, row: int) -> Runs:
+        """Return the column chunks that a row chunk must attend to: those of which one of its queries sees a key."""
+        found = self._known.get(row)
+        if found is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            span = self.rows.span(row)
+            found = self._known[row] = self.columns.chunks_meeting(self.mask.keys(span)) if span else NONE
+        return found
+
+    def needing(self, column: int) -> Runs:
+        """Return the row chunks that must attend to a column chunk."""
+        span = self.columns.span(column)
+        return self.rows.chunks_meeting(self.mask.transposed.keys(span)) if span else NONE
+
+    @cached_property
+    def _known(self) -> dict[int, Runs]:
+        return {}
 
     @cached_property
     def pairs(self) -> int:
         """The needed pairs of one lane."""
-        return sum(map(len, self.needed))
+        return sum(len(self.needed(row)) for row in range(self.rows.filled))
 
     def complete_cover(self, row: int) -> int:
         """Return the cover, a bit for each column chunk, that a finished row has."""
-        needed = self.needed[row]
-        return ((1 << len(needed)) - 1) << needed.start
+        return self.needed(row).bits

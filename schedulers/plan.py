@@ -6,7 +6,7 @@ from typing import Any
 from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.model.memory import Footprint, Layout
 from cqsa_stream.schedulers.model.seconds import Cost
-from cqsa_stream.schedulers.quorums import quorum_size
+from cqsa_stream.schedulers.schedules import SCHEDULES
 
 __all__ = ["Plan"]
 
@@ -15,12 +15,15 @@ __all__ = ["Plan"]
 class Plan:
     """A schedule over a grid, with what it will hold, move and take. Sizes in bytes, times in seconds.
 
-    ``least``: what the smallest plan for the same problem would hold. ``*_free_bytes``: what the machine has, and
-    ``device_reserved_bytes`` what the driver and its libraries hold there besides; None where that is not known.
+    ``operator``: which of the operators of a kernel. ``least``: what the smallest plan for the same problem would hold.
+    ``*_free_bytes``: what the machine has, and ``device_reserved_bytes`` what the driver and its libraries hold there
+    besides; None where that is not known.
     ``candidates``: the best plan of each schedule weighed. ``about``: the problem, in a line.
     """
 
     schedule: str
+    kernel: str
+    operator: str
     grid: Grid
     layout: Layout
     tasks: int
@@ -67,14 +70,17 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``cqsa plan --json`` prints."""
-        held, same = self.footprint, self.grid.same_positions
+        held, kind = self.footprint, SCHEDULES[self.schedule]
         described = {
             "schedule": self.schedule,
             "chunks": self.grid.rows.chunks,
             "chunk_tokens": self.grid.rows.chunk_tokens,
             "column_chunks": self.grid.columns.chunks,
             "column_chunk_tokens": self.grid.columns.chunk_tokens,
-            "quorum_size": quorum_size(self.grid.rows.chunks) if same and self.schedule == "cqs" else None,
+            "quorum_size": self.layout.rows_per_task if kind.same_positions else None,
+            "kernel": self.kernel,
+            "operator": self.operator,
+            "tile": asdict(self.layout.tile),
             "tasks": self.tasks,
             "pairs": self.pairs,
             "layout": asdict(self.layout),
@@ -112,57 +118,62 @@ class Plan:
 
     def __str__(self) -> str:
         """Describe the plan, its pools, and the candidates side by side, the chosen one marked."""
-        rows = self.grid.rows
-        lines = [
-            *([self.about, ""] if self.about else []),
-            f"schedule   {self.schedule}: {self.tasks} tasks of {self.layout.rows_per_task} row chunks",
-            f"grid       {rows.chunks} chunks of {rows.chunk_tokens} tokens, {self.pairs} pairs, "
-            f"{self.flops / 1e12:,.3f} TFLOP",
-            "",
-            *_columns([("memory", "projected", "reserved", "allowed", "free", ""), *self._pools()]),
-            "",
-            *_columns(
-                [("candidate", "chunks", "host", "device", "read", "written", "spills", "time", ""), *self._rows()]
-            ),
-        ]
-        for name, projected, free in self.lacking():
-            lines.append(f"{name}: {_size(projected)} needed, {_size(free)} free")
-        if not self.fits:
-            device = f", device {_size(self.least.device_bytes)}" if self.device_allowed_bytes is not None else ""
-            lines.append(f"the smallest that would do: host {_size(self.least.host_bytes)}{device}")
-        return "\n".join(lines)
+        return _described(self)
 
-    def _pools(self) -> list[tuple[str, ...]]:
-        held, over = self.footprint, "OVER BUDGET"
-        pools: list[tuple[str, ...]] = []
-        if self.device_allowed_bytes is not None:
-            pools.append(
-                ("device", _size(held.device_bytes), _size(self.device_reserved_bytes),
-                 _size(self.device_allowed_bytes), _size(self.device_free_bytes),
-                 over if held.device_bytes > self.device_allowed_bytes else "")
-            )  # fmt: skip
+
+def _described(plan: Plan) -> str:
+    """Describe a plan, its pools, and the candidates side by side, the chosen one marked."""
+    rows = plan.grid.rows
+    lines = [
+        *([plan.about, ""] if plan.about else []),
+        f"schedule   {plan.schedule}: {plan.tasks} tasks of {plan.layout.rows_per_task} row chunks",
+        f"grid       {rows.chunks} chunks of {rows.chunk_tokens} tokens, {plan.pairs} pairs, "
+        f"{plan.flops / 1e12:,.3f} TFLOP",
+        "",
+        *_columns([("memory", "projected", "reserved", "allowed", "free", ""), *_pools(plan)]),
+        "",
+        *_columns([("candidate", "chunks", "host", "device", "read", "written", "spills", "time", ""), *_rows(plan)]),
+    ]
+    for name, projected, free in plan.lacking():
+        lines.append(f"{name}: {_size(projected)} needed, {_size(free)} free")
+    if not plan.fits:
+        device = f", device {_size(plan.least.device_bytes)}" if plan.device_allowed_bytes is not None else ""
+        lines.append(f"the smallest that would do: host {_size(plan.least.host_bytes)}{device}")
+    return "\n".join(lines)
+
+
+def _pools(plan: Plan) -> list[tuple[str, ...]]:
+    held, over = plan.footprint, "OVER BUDGET"
+    pools: list[tuple[str, ...]] = []
+    if plan.device_allowed_bytes is not None:
         pools.append(
-            ("host", _size(held.host_bytes), _size(held.pageable["reserved"]), _size(self.host_allowed_bytes),
-             _size(self.host_free_bytes), over if held.host_bytes > self.host_allowed_bytes else "")
+            ("device", _size(held.device_bytes), _size(plan.device_reserved_bytes),
+             _size(plan.device_allowed_bytes), _size(plan.device_free_bytes),
+             over if held.device_bytes > plan.device_allowed_bytes else "")
         )  # fmt: skip
-        if held.pinned:
-            pools.append(("  pinned", _size(sum(held.pinned.values())), "", "", "", ""))
-        if held.disk:
-            pools.append(("disk", _size(held.disk_bytes), "", "", _size(self.disk_free_bytes), ""))
-        return pools
+    pools.append(
+        ("host", _size(held.host_bytes), _size(held.pageable["reserved"]), _size(plan.host_allowed_bytes),
+         _size(plan.host_free_bytes), over if held.host_bytes > plan.host_allowed_bytes else "")
+    )  # fmt: skip
+    if held.pinned:
+        pools.append(("  pinned", _size(sum(held.pinned.values())), "", "", "", ""))
+    if held.disk:
+        pools.append(("disk", _size(held.disk_bytes), "", "", _size(plan.disk_free_bytes), ""))
+    return pools
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = []
-        for plan in self.candidates or (self,):
-            chosen = plan.schedule == self.schedule
-            verdict = "OVER BUDGET" if not plan.fits else "chosen" if chosen else ""
-            rows.append(
-                (f"{'*' if chosen else ' '} {plan.schedule}", str(plan.grid.rows.chunks),
-                 _size(plan.footprint.host_bytes), _size(plan.footprint.device_bytes or None),
-                 _size(plan.cost.bytes_read), _size(plan.cost.bytes_written), str(plan.cost.spills),
-                 f"{plan.cost.seconds:,.1f} s", verdict)
-            )  # fmt: skip
-        return rows
+
+def _rows(shown: Plan) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for plan in shown.candidates or (shown,):
+        chosen = plan.schedule == shown.schedule
+        verdict = "OVER BUDGET" if not plan.fits else "chosen" if chosen else ""
+        rows.append(
+            (f"{'*' if chosen else ' '} {plan.schedule}", str(plan.grid.rows.chunks),
+             _size(plan.footprint.host_bytes), _size(plan.footprint.device_bytes or None),
+             _size(plan.cost.bytes_read), _size(plan.cost.bytes_written), str(plan.cost.spills),
+             f"{plan.cost.seconds:,.1f} s", verdict)
+        )  # fmt: skip
+    return rows
 
 
 def _size(count: int | None) -> str:

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.masks.bands import Mask
-from cqsa_stream.schedulers.model.memory import Tile, Workload
+from cqsa_stream.schedulers.masks.calls import Tile
+from cqsa_stream.schedulers.model.habits import Habits
+from cqsa_stream.schedulers.model.memory import Layout, Workload
 from cqsa_stream.schedulers.model.rates import Rates
 from cqsa_stream.schedulers.model.traffic import Stored
+from cqsa_stream.schedulers.schedules import AUTO
 
 __all__ = ["Machine", "Request"]
 
@@ -15,21 +18,22 @@ __all__ = ["Machine", "Request"]
 class Machine:
     """A device as the planner sees it: budgets and what is free in bytes, rates, and the shapes that its kernel likes.
 
-    A plan is chosen by ``rates``; its seconds are told by ``measured``: without a calibration, what a quick trial
+    A plan is chosen by ``rates``; its seconds are estimated by ``measured``: without a calibration, what a quick trial
     found, which must not change the plan from one day to the next. ``step_flops`` bounds the work between two moments
-    at which a run can stop. ``device_reserved_bytes``, the driver's own and its libraries', are held besides the
-    budget. What is None is not there, or not known.
+    at which a run can stop. ``host_reserved_bytes`` are the libraries' own, counted in the budget;
+    ``device_reserved_bytes``, the driver's own and its libraries', are held besides it. What is None is not there, or
+    not known.
     """
 
-    device: str
+    kernel: str
+    operator: str
+    habits: Habits
     device_allowed_bytes: int | None
     host_allowed_bytes: int
     host_reserved_bytes: int
     rates: Rates
     measured: Rates
     tile: Tile
-    block_tokens: int
-    column_tokens: int
     step_flops: float
     device_free_bytes: int | None = None
     device_reserved_bytes: int | None = None
@@ -41,20 +45,21 @@ class Machine:
 @dataclass(frozen=True)
 class Request:
     """What is to be planned. ``chunks`` and ``schedule`` are given where a user forces them; ``grid`` and
-    ``out_tokens`` where a run has begun, whose output is stored in chunks of so many tokens.
+    ``out_tokens`` where a run has begun, whose output is stored in chunks of so many tokens; ``fixed``, the schedule
+    and layout that it used last, where they are to be used again.
 
-    ``arrays``: how query, key and value are stored.
+    ``mask`` is over (query rows, keys), both counted from 0; ``arrays``: how query, key and value are stored.
     """
 
     work: Workload
     queries: int
     keys: int
-    first_query: int
     same_positions: bool
     mask: Mask
     arrays: tuple[Stored, Stored, Stored]
     checkpoint_every_s: float = 60.0
-    schedule: str = "auto"
+    schedule: str = AUTO
     chunks: int | None = None
     grid: Grid | None = None
     out_tokens: int | None = None
+    fixed: tuple[str, Layout] | None = None

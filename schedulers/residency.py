@@ -1,29 +1,20 @@
-"""What stands in host memory: the blocks that a run will fetch, in order, and a fixed number of slots to hold them.
+"""What stands in memory: blocks that a run will fetch in slots, and partials in places on the device and on the host.
 
-The order of all fetches is known before the run, so the slot whose content is needed again farthest in the future is
-the one to fill (L. A. Belady, "A study of replacement algorithms", IBM Systems Journal 5, 1966). The planner runs the
-same two parts dry that the prefetcher runs for real: what it counts is what will be read.
+The order of all uses is known before the run, so the slot whose content is needed again farthest in the future is the
+one to fill (L. A. Belady, "A study of replacement algorithms", IBM Systems Journal 5, 1966). The planner runs the same
+parts dry that the engine runs for real: what it counts is what will be moved.
 """
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from heapq import heapify, heappop, heappush
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from cqsa_stream.schedulers.model.memory import Layout
-from cqsa_stream.schedulers.schedules import NEVER, Schedule, Task
+from cqsa_stream.schedulers.tasks import NEVER
 
-__all__ = ["Fetch", "Residency", "fetches", "pieces"]
+__all__ = ["Placed", "Residency", "Standing", "pieces"]
 
 _FEW = 8  # slots that are looked through faster than kept in order
-
-
-class Fetch(NamedTuple):
-    """Some tokens of a lane, of the query rows or of the keys; ``next_use`` is larger the later they are used again."""
-
-    array: Literal["query", "key", "value"]
-    tokens: range
-    next_use: int
 
 
 def pieces(span: range, length: int) -> Iterator[range]:
@@ -31,29 +22,20 @@ def pieces(span: range, length: int) -> Iterator[range]:
     return (range(start, min(start + length, span.stop)) for start in range(span.start, span.stop, length))
 
 
-def fetches(schedule: Schedule, number: int, task: Task, layout: Layout) -> Iterator[Fetch]:
-    """Yield what task ``number`` of a lane uses, in that order: its rows' queries, then keys and values by blocks."""
-    rows, columns = schedule.grid.rows, schedule.grid.columns
-    per_row, per_column = -(-rows.chunk_tokens // layout.query_tokens), -(-columns.chunk_tokens // layout.block_tokens)
-    first_block = rows.chunks * per_row
-    period = first_block + 2 * columns.chunks * per_column  # places in a task, those of all chunks
-    for row in task.rows:
-        later = schedule.next_row(row, number)
-        for index, tokens in enumerate(pieces(rows.span(row), layout.query_tokens)):
-            yield Fetch("query", tokens, later if later == NEVER else later * period + row * per_row + index)
-    for column in task.columns:
-        later = schedule.next_column(column, number)
-        for index, tokens in enumerate(pieces(columns.span(column), layout.block_tokens)):
-            place = later if later == NEVER else later * period + first_block + 2 * (column * per_column + index)
-            yield Fetch("key", tokens, place)
-            yield Fetch("value", tokens, place + 1)
+class Placed(NamedTuple):
+    """A content's slot, whether it stood there already, and what it took the place of."""
+
+    slot: int
+    present: bool
+    evicted: Hashable = None
+    evicted_use: int = NEVER
 
 
 class Residency:
     """Slots and their contents. The last ``window`` slots handed out are never refilled: they may still be read."""
 
-    def __init__(self, slots: int, window: int) -> None:
-        assert 0 <= window < slots, f"a window of {window} of {slots} slots leaves none to fill"
+    def __init__(self, slots: int, window: int = 0) -> None:
+        assert 0 <= window <= max(0, slots - 1), f"a window of {window} of {slots} slots leaves none to fill"
         self._empty = list(range(slots - 1, -1, -1))
         self._slot: dict[Hashable, int] = {}
         self._content: list[Hashable] = [None] * slots
@@ -61,13 +43,22 @@ class Residency:
         self._recent: deque[int] = deque(maxlen=window)
         self._heap: list[tuple[int, int]] = []  # (-next use, slot); entries that no longer hold stay in it
 
-    def place(self, content: Hashable, next_use: int) -> tuple[int, bool]:
-        """Return the slot for a content that is used now, and whether it stands there already."""
+    def __contains__(self, content: Hashable) -> bool:
+        return content in self._slot
+
+    @property
+    def full(self) -> bool:
+        """Whether no slot is empty."""
+        return not self._empty
+
+    def place(self, content: Hashable, next_use: int, keep: Collection[Hashable] = ()) -> Placed:
+        """Return the slot for a content that is used now. What is in ``keep`` is not evicted for it."""
         slot = self._slot.get(content)
-        present = slot is not None
+        present, evicted, use = slot is not None, None, NEVER
         if slot is None:
-            slot = self._empty.pop() if self._empty else self._farthest()
-            self._slot.pop(self._content[slot], None)
+            slot = self._empty.pop() if self._empty else self._farthest(keep)
+            evicted, use = self._content[slot], self._next_use[slot]
+            self._slot.pop(evicted, None)
             self._slot[content], self._content[slot] = slot, content
         self._next_use[slot] = next_use
         self._recent.append(slot)
@@ -75,7 +66,17 @@ class Residency:
             heappush(self._heap, (-next_use, slot))
             if len(self._heap) > 4 * len(self._content):
                 self._rebuild()
-        return slot, present
+        return Placed(slot, present, evicted, use)
+
+    def remove(self, content: Hashable) -> int:
+        """Take a content out and return its slot, which stays taken until ``free``."""
+        slot = self._slot.pop(content)
+        self._content[slot], self._next_use[slot] = None, -1
+        return slot
+
+    def free(self, slot: int) -> None:
+        """Let a slot that ``remove`` returned be filled again."""
+        self._empty.append(slot)
 
     def forget(self) -> None:
         """Begin anew: nothing that stands in a slot will be used again."""
@@ -85,24 +86,75 @@ class Residency:
         self._empty = []
         self._rebuild()
 
-    def _farthest(self) -> int:
+    def farthest_use(self) -> int:
+        """Return when the content is used again that is used last."""
+        return max(self._next_use, default=-1)
+
+    def _farthest(self, keep: Collection[Hashable]) -> int:
         """Return the slot whose content is used again last, of those that may be refilled."""
         if len(self._content) <= _FEW:
-            others = (slot for slot in range(len(self._content)) if slot not in self._recent)
-            return max(others, key=self._next_use.__getitem__)
-        kept = []
+            slots = range(len(self._content))
+            others = (s for s in slots if s not in self._recent and self._next_use[s] >= 0)
+            return max((s for s in others if self._content[s] not in keep), key=self._next_use.__getitem__)
+        passed = []
         while True:
             entry = heappop(self._heap)
             slot = entry[1]
             if -entry[0] != self._next_use[slot]:
                 continue
-            if slot not in self._recent:
+            if slot not in self._recent and self._content[slot] not in keep:
                 break
-            kept.append(entry)
-        for entry in kept:
+            passed.append(entry)
+        for entry in passed:
             heappush(self._heap, entry)
         return slot
 
     def _rebuild(self) -> None:
-        self._heap = [(-use, slot) for slot, use in enumerate(self._next_use)]
+        self._heap = [(-use, slot) for slot, use in enumerate(self._next_use) if use >= 0]
         heapify(self._heap)
+
+
+class Brought(NamedTuple):
+    """How a partial comes to its place on the device: what must leave before, and where it comes from.
+
+    ``evicted`` leaves ``slot`` for the host's place ``parked_at`` or, where that is None, for disk; ``stored`` is what
+    goes to disk. ``parked``: the host's place from which the partial comes; None where it comes from disk, or is new.
+    """
+
+    slot: int
+    present: bool
+    evicted: int | None = None
+    parked_at: int | None = None
+    stored: int | None = None
+    parked: int | None = None
+
+
+class Standing:
+    """Where the partials of chunks stand: on the device, parked in host memory, or on disk.
+
+    Of those on the device that no row of the task needs, the partial leaves whose next use is farthest: to host memory,
+    as far as there are places, where again the farthest goes to disk.
+    """
+
+    def __init__(self, resident: int, parked: int) -> None:
+        self.device, self.host = Residency(resident), Residency(parked)
+
+    def bring(self, chunk: int, next_use: int, keep: Collection[int]) -> Brought:
+        """Bring a chunk's partial to the device; those in ``keep`` stay there."""
+        slot, present, evicted, use = self.device.place(chunk, next_use, keep)
+        assert evicted is None or isinstance(evicted, int)
+        parked_at = stored = parked = None
+        if evicted is not None:
+            parked_at, stored = self._park(evicted, use)
+        if not present and chunk in self.host:
+            parked = self.host.remove(chunk)
+            self.host.free(parked)
+        return Brought(slot, present, evicted, parked_at, stored, parked)
+
+    def _park(self, chunk: int, next_use: int) -> tuple[int | None, int | None]:
+        """Return the host's place for a partial that leaves the device, and what goes to disk for it."""
+        if self.host.full and next_use >= self.host.farthest_use():
+            return None, chunk
+        slot, _, evicted, _ = self.host.place(chunk, next_use)
+        assert evicted is None or isinstance(evicted, int)
+        return slot, evicted

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from cqsa_stream.storage.contract import TokenArray
 from cqsa_stream.storage.dtypes import numpy_dtype
-from cqsa_stream.storage.open import TokenArray
 
 __all__ = ["fingerprint"]
 

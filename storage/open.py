@@ -3,67 +3,26 @@
 import errno
 import json
 import logging
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
+from cqsa_stream.storage.contract import LAYOUTS, TokenArray
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.readers.locations import is_url, kvstore, local_name, without_secrets
-
-if TYPE_CHECKING:
-    from cqsa_stream.storage.readers.plain import RawArray
+from cqsa_stream.storage.readers.memory import MemoryArray, refuse_special
+from cqsa_stream.storage.readers.plain import RawArray
+from cqsa_stream.storage.readers.single_files import open_memmap, open_npy, open_plain, open_safetensors, refuse_lengths
+from cqsa_stream.storage.readers.token_major import token_major
+from cqsa_stream.storage.readers.zarr_plain import raw_zarr
 
 __all__ = ["LAYOUTS", "TokenArray", "open_array"]
 
-LAYOUTS = ("bhtd", "bthd")
 _ZARR = ("zarr.json", ".zarray", ".zgroup")
 _log = logging.getLogger(__name__)
-
-
-class TokenArray(Protocol):
-    """An array ``[batch, head, token, feature]`` that is read piece by piece.
-
-    ``source`` is a path or URL, or ``"memory"``; ``stored_chunk`` the shape of what is stored, and hence fetched, whole
-    (``(1, 1, 1, feature)`` where any range can be read), ``encoding`` what a reader has to do with it, ``leaf_bytes``
-    the pieces in which it can be read from the second time on (0: always whole). Each piece of a read in flight holds
-    up to ``staging_bytes`` besides the caller's buffer; ``kept_bytes`` are remembered. ``bytes_read``: what was fetched
-    so far.
-    """
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def stored_chunk(self) -> tuple[int, ...]: ...
-    @property
-    def encoding(self) -> Literal["raw", "checked", "compressed"]: ...
-    @property
-    def leaf_bytes(self) -> int: ...
-    @property
-    def kept_bytes(self) -> int: ...
-    @property
-    def staging_bytes(self) -> int: ...
-    @property
-    def bytes_read(self) -> int: ...
-
-    def begin(self, in_flight: int) -> None:
-        """Read ``in_flight`` pieces at a time from now on; what was checked before is checked again."""
-
-    def lead(self, batch: int, heads: range, tokens: range) -> int:
-        """Return how many bytes behind a page's start a buffer for these rows should begin to be filled fastest."""
-
-    def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
-        """Fill ``buffer [head, token, feature]``, of the array's dtype. Raises ArrayError where data is missing."""
-
-    def check(self) -> None:
-        """Raise ArrayError where a stored chunk is missing or short, as far as this can be told without decoding."""
 
 
 def open_array(source: Any, *, fill_missing: bool = False, layout: str = "bhtd") -> TokenArray:
@@ -79,17 +38,20 @@ def open_array(source: Any, *, fill_missing: bool = False, layout: str = "bhtd")
     if isinstance(source, str | os.PathLike):
         return _open_named(str(source) if isinstance(source, str | Path) else os.fsdecode(source), how)
     if isinstance(source, np.ndarray):
-        return _open_numpy(source, how)
+        refuse_special(source)
+        file = open_memmap(source) if isinstance(source, np.memmap) else None
+        return MemoryArray(source, token_major=how["token_major"]) if file is None else _presented(file, how)
     if _is_a(source, "torch", "Tensor"):
-        from cqsa_stream.storage.readers.memory import MemoryArray
-
         return MemoryArray.of_tensor(source, token_major=how["token_major"])
     if _is_a(source, "tensorstore", "TensorStore"):
         from cqsa_stream.storage.readers.tensorstore import TensorStoreArray
 
         return TensorStoreArray.of_store(source, **how)
     if _is_a(source, "zarr", "Array"):
-        return _open_zarr_array(source, how)
+        from cqsa_stream.storage.readers.zarr_array import ZarrArray, folder_of
+
+        folder = folder_of(source)
+        return ZarrArray(source, **how) if folder is None else _open_path(folder, how)
     raise ArrayError(
         f"found a {type(source).__module__.partition('.')[0]}.{type(source).__name__}; expected a path or URL, a "
         "zarr.Array, a tensorstore.TensorStore, a numpy array or a torch tensor"
@@ -108,31 +70,12 @@ def _is_a(source: Any, package: str, name: str) -> bool:
     return any(kind.__name__ == name and kind.__module__.partition(".")[0] == package for kind in type(source).__mro__)
 
 
-def _open_numpy(values: np.ndarray, how: _How) -> TokenArray:
-    from cqsa_stream.storage.readers.memory import MemoryArray, refuse_special
-    from cqsa_stream.storage.readers.single_files import open_memmap
-
-    refuse_special(values)
-    file = open_memmap(values) if isinstance(values, np.memmap) else None
-    return MemoryArray(values, token_major=how["token_major"]) if file is None else _presented(file, how)
-
-
-def _presented(file: "RawArray", how: _How) -> TokenArray:
-    from cqsa_stream.storage.readers.token_major import token_major
-
+def _presented(file: RawArray, how: _How) -> TokenArray:
     return token_major(file) if how["token_major"] else file
-
-
-def _open_zarr_array(array: Any, how: _How) -> TokenArray:
-    from cqsa_stream.storage.readers.zarr_array import ZarrArray, folder_of
-
-    folder = folder_of(array)
-    return ZarrArray(array, **how) if folder is None else _open_path(folder, how)
 
 
 def _open_named(source: str, how: _How) -> TokenArray:
     """Open a path, a URL, or ``file#part``: a tensor of a .safetensors file, a plain file's dtype and shape."""
-    from cqsa_stream.storage.readers.single_files import open_plain, open_safetensors
     from cqsa_stream.storage.readers.tensorstore import TensorStoreArray
 
     literal = local_name(source)
@@ -166,15 +109,11 @@ def _is(path: Path, what: Callable[[Path], bool]) -> bool:
 
 
 def _open_path(path: Path, how: _How) -> TokenArray:
-    from cqsa_stream.storage.readers.single_files import open_npy, open_safetensors
     from cqsa_stream.storage.readers.tensorstore import TensorStoreArray
-    from cqsa_stream.storage.readers.zarr_plain import raw_zarr
 
     if path.is_file():
-        if path.suffix == ".npy":
-            return _presented(open_npy(path), how)
-        if path.suffix == ".safetensors":
-            return _presented(open_safetensors(path, ""), how)
+        if path.suffix in (".npy", ".safetensors"):
+            return _presented(open_npy(path) if path.suffix == ".npy" else open_safetensors(path), how)
         if path.suffix == ".zip":
             base = {"driver": "file", "path": str(path)}
             return TensorStoreArray.open(str(path), {"driver": "zip", "base": base, "path": ""}, **how)
@@ -196,20 +135,17 @@ def _open_path(path: Path, how: _How) -> TokenArray:
 
 def _zarr_metadata(path: Path) -> dict[str, Any]:
     """Return what describes the array stored in a directory, checked so far as to be believed."""
-    name = next((name for name in ("zarr.json", ".zarray") if (path / name).is_file()), None)
-    if name is None and (path / ".zgroup").is_file():
-        raise ArrayError(f"{path}: a Zarr group, not an array; name an array inside it")
+    name = next((name for name in _ZARR if (path / name).is_file()), None)
     if name is None:
         raise ArrayError(f"{path}: no array (neither zarr.json nor .zarray inside); expected a Zarr v2 or v3 array")
     try:
         metadata = json.loads((path / name).read_bytes())
     except (ValueError, OSError, RecursionError) as error:
         raise ArrayError(f"{path / name}: unreadable ({error}); expected JSON that describes an array") from error
-    if not isinstance(metadata, dict) or metadata.get("node_type", "array") != "array":
+    if not isinstance(metadata, dict) or metadata.get("node_type", "array") != "array" or name == ".zgroup":
         raise ArrayError(f"{path}: a Zarr group, not an array; name an array inside it")
-    shape = metadata.get("shape")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ArrayError(f"{path / name}: shape {shape!r}; expected a list of lengths")
-    if math.prod(shape) > 2**62 or max(shape, default=0) > 2**62:
-        raise ArrayError(f"{path / name}: shape {shape} has over 2^62 elements")
+    try:
+        refuse_lengths(metadata.get("shape"))
+    except ValueError as error:
+        raise ArrayError(f"{path / name}: {error}") from error
     return metadata

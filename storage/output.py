@@ -32,7 +32,6 @@ __all__ = [
 METADATA = "zarr.json"
 _CHECKSUM_BYTES = 4
 DIMENSIONS = ("batch", "head", "token", "feature")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CODECS: dict[str, list[dict[str, Any]]] = {
     "none": [],
     "crc32c": [{"name": "crc32c"}],
@@ -102,10 +101,7 @@ def write(target: ts.TensorStore, values: np.ndarray) -> None:
     try:
         target.write(ts.array(values, copy=False), can_reference_source_data_indefinitely=True).result()
     except (ValueError, OSError) as error:
-        found = system_error(error) or OSError(clean_message(error))
-        if found.errno in _FULL:
-            raise FullDiskError(found.errno, f"disk full; {values.nbytes} bytes needed: {found.strerror}") from error
-        raise found from error
+        raise _fault(error, f"{values.nbytes} bytes needed") or OSError(clean_message(error)) from error
 
 
 @retrying
@@ -165,9 +161,11 @@ def _open(spec: dict[str, Any], path: Path, *, create: bool) -> ts.TensorStore:
     try:
         return ts.open(spec, context=context(), create=create, open=not create, read=True, write=create).result()
     except (ValueError, OSError) as error:
-        found = system_error(error)
-        if found is not None and found.errno in _FULL:
-            raise FullDiskError(found.errno, f"disk full: {found.strerror}") from error
-        if found is not None:
-            raise found from error
-        raise ArrayError(f"{path}: {clean_message(error)}") from error
+        raise _fault(error, str(path)) or ArrayError(f"{path}: {clean_message(error)}") from error
+
+
+def _fault(error: Exception, what: str) -> OSError | None:
+    """Return the system's error behind one of TensorStore's, FullDiskError where the disk is full."""
+    found = system_error(error)
+    full = found is not None and found.errno in (errno.ENOSPC, errno.EDQUOT)
+    return FullDiskError(found.errno, f"disk full; {what}: {found.strerror}") if found and full else found

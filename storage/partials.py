@@ -1,11 +1,13 @@
 """The durable store of partials: one self-describing file each, replaced by rename.
 
-    <lane>-<row>.partial:  4 KiB header | cover bitmap | lse float64 | out float32 or float64     (little-endian)
+    <share>-<sum>-<lane>-<chunk>.partial:  4 KiB header | cover bitmap | the fields of the sum     (little-endian)
 
-The header holds the run's hash, lane, row, generation, the lengths, and CRC-32C checksums of itself, of the cover and
-of the numbers. A finished row's file is the header alone: it says that the output holds the row. Cover and numbers are
-replaced together, so they can never disagree; a file that fails a check is set aside as ``.damaged``, and its pairs
-count as not done.
+The header holds the run's hash, the place (share, sum, lane, chunk), the lengths, and CRC-32C checksums of itself, of
+the cover and of the fields in their order. A finished chunk's file is the header alone: it says that the output holds
+the chunk. Cover and numbers are replaced together, so they can never disagree; a file that fails a check is set aside
+as ``.damaged``, and its pairs count as not done.
+
+A store writes the files of one share. Several stores, each of another share, may work in one directory at a time.
 """
 
 import errno
@@ -16,8 +18,11 @@ import re
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from crc32c import crc32c
@@ -26,38 +31,71 @@ from cqsa_stream.storage.atomic import make_directory, open_regular, replace_fil
 from cqsa_stream.storage.errors import DamagedError
 from cqsa_stream.storage.retrying import retrying
 
-__all__ = ["Header", "PartialStore"]
+__all__ = ["Header", "PartialStore", "SumFiles"]
 
 _MAGIC = b"CQSAPART"
-_VERSION = 1
-_LAYOUT = struct.Struct("<8sIB3x32s7QII")  # ... cover, numbers checksums; the header's own follows
+_VERSION = 2
+_LAYOUT = struct.Struct("<8sIB3x32s7QII")  # ... cover, fields checksums; the header's own follows
 _HEADER_BYTES = 4096
 _CHECKSUM = struct.Struct("<I")
-_NAME = re.compile(r"(\d{6,18})-(\d{6,18})\.partial")
+_NAME = re.compile(r"(\d{3,18})-(\d{2,18})-(\d{6,18})-(\d{6,18})\.partial", re.ASCII)
 _MAY_NOT = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOENT)
 _log = logging.getLogger(__name__)
 
 
+class _Place(NamedTuple):
+    """Whose partial a file holds."""
+
+    share: int
+    sum: int
+    lane: int
+    chunk: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.share:03d}-{self.sum:02d}-{self.lane:06d}-{self.chunk:06d}.partial"
+
+
+@dataclass(frozen=True)
+class SumFiles:
+    """What the files of one sum hold: ``chunks`` of its axis, covers of ``covered`` bits.
+
+    ``field_bytes(chunk)``: the bytes of each of its fields, in order; ``complete(chunk)``: the cover of a complete one.
+    """
+
+    chunks: int
+    covered: int
+    field_bytes: Callable[[int], tuple[int, ...]]
+    complete: Callable[[int], int]
+
+    @property
+    def cover_bytes(self) -> int:
+        return -(-self.covered // 8)
+
+
 @dataclass(frozen=True)
 class Header:
-    """What a partial's file says of itself. ``checksum`` is of lse and out, or of the finished row's output and lse."""
+    """What a partial's file says of itself.
+
+    ``covered``: the bits of its cover. ``checksum`` is of the fields, or of what the output holds of a finished chunk.
+    """
 
     run: bytes
+    share: int
+    sum: int
     lane: int
-    row: int
-    generation: int
+    chunk: int
     finished: bool
     cover_bytes: int
-    lse_bytes: int
-    out_bytes: int
-    columns: int
+    field_bytes: int
+    covered: int
     cover_checksum: int
     checksum: int
 
     def pack(self) -> bytes:
-        fields = (self.lane, self.row, self.generation, self.cover_bytes, self.lse_bytes, self.out_bytes, self.columns)
+        numbers = (self.share, self.sum, self.lane, self.chunk, self.cover_bytes, self.field_bytes, self.covered)
         head = _LAYOUT.pack(
-            _MAGIC, _VERSION, self.finished, self.run, *fields, self.cover_checksum, self.checksum
+            _MAGIC, _VERSION, self.finished, self.run, *numbers, self.cover_checksum, self.checksum
         ).ljust(_HEADER_BYTES - _CHECKSUM.size, b"\0")
         return head + _CHECKSUM.pack(crc32c(head))
 
@@ -69,97 +107,100 @@ class Header:
         head, checksum = data[: -_CHECKSUM.size], _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0]
         if crc32c(head) != checksum:
             raise DamagedError("the header fails its checksum")
-        magic, version, finished, run, lane, row, generation, cover, lse, out, columns, cover_sum, sum_ = (
-            _LAYOUT.unpack_from(head)
-        )
+        magic, version, finished, run, share, sum_, lane, chunk, *rest = _LAYOUT.unpack_from(head)
         if magic != _MAGIC or version != _VERSION:
             raise DamagedError(f"magic {magic!r}, version {version}; expected {_MAGIC!r}, {_VERSION}")
-        return cls(run, lane, row, generation, bool(finished), cover, lse, out, columns, cover_sum, sum_)
+        return cls(run, share, sum_, lane, chunk, bool(finished), *rest)
 
 
 class PartialStore:
-    """The partials of one run, in one directory.
+    """The partials of one share of a run, in the run's directory of partials.
 
-    ``elements(row)`` gives the elements of a row's lse and out, the latter of ``out_itemsize`` bytes each: what a file
-    claims is checked against them, and its cover against ``complete(row)``, the cover of a complete row. Of ``shape``
-    (lanes, rows, columns); files of other lanes or rows are not looked at.
+    What a file claims is checked against the ``SumFiles`` of its sum. Files of other lanes, sums or chunks are not
+    looked at. Files of other shares are read, and changed in two cases only: their chunk is finished, or it is no
+    longer.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        run: bytes,
-        shape: tuple[int, int, int],
-        elements: Callable[[int], tuple[int, int]],
-        complete: Callable[[int], int],
-        out_itemsize: int = 4,
-    ) -> None:
+    keeps = True
+
+    def __init__(self, directory: Path, run: bytes, lanes: int, sums: Sequence[SumFiles], share: int = 0) -> None:
         self.directory = directory
         self.run = run
-        self.lanes, self.rows, self.columns = shape
-        self.elements, self.complete = elements, complete
-        self.out_itemsize = out_itemsize
+        self.lanes, self.sums, self.share = lanes, sums, share
         self.bytes_written = 0
         self.bytes_read = 0
-        self._generations: dict[tuple[int, int], int] = {}
-        self._counting = threading.Lock()  # rows are finished in one thread and committed in another
+        self._seen = {share}  # the shares that have, or had, files here
+        self._counting = threading.Lock()  # chunks are finished in one thread and committed in another
         self._ours = False  # whether damaged files may be set aside
 
+    def of(self, share: int) -> "PartialStore":
+        """Return the store of another share of the same run."""
+        return PartialStore(self.directory, self.run, self.lanes, self.sums, share)
+
     def prepare(self) -> None:
-        """Create the directory; sweep what a killed process left. Only the holder of the run's lock may call this."""
+        """Create the directory; sweep what a killed process left. Only the holder of the share may call this."""
         self._ours = True
         make_directory(self.directory)
         sweep(self.directory)
+        places = self._stored()
+        for neighbours in pairwise(places):
+            if len({place[1:] for place in neighbours}) == 1:  # a chunk of several shares
+                for place in filter(self._is_finished, neighbours):
+                    self._discard_merged(place)
 
-    def commit(self, lane: int, row: int, cover: int, lse: np.ndarray, out: np.ndarray) -> None:
+    def commit(self, sum_: int, lane: int, chunk: int, cover: int, fields: Sequence[np.ndarray]) -> None:
         """Store a partial durably: after return it survives a crash, before it the previous one does."""
-        bitmap = cover.to_bytes(-(-self.columns // 8), "little")
-        lse_bytes, out_bytes = _bytes_of(lse), _bytes_of(out)
-        checksum = crc32c(out_bytes, crc32c(lse_bytes))
-        self._replace(lane, row, False, (bitmap, lse_bytes, out_bytes), crc32c(bitmap), checksum)
+        bitmap = cover.to_bytes(self.sums[sum_].cover_bytes, "little")
+        self._replace(_Place(self.share, sum_, lane, chunk), bitmap, _bytes_of(fields))
 
-    def finish(self, lane: int, row: int, checksum: int) -> None:
-        """Replace the partial of a row, whose output is durable, by the word that it is finished."""
-        self._replace(lane, row, True, (b"", b"", b""), 0, checksum)
-        self._generations.pop((lane, row), None)
+    def finish(self, sum_: int, lane: int, chunk: int, checksum: int) -> None:
+        """Replace the partial of a chunk, whose output is durable, by the word that it is finished.
 
-    def covers(self) -> list[dict[int, int | None]]:
-        """Return, for each lane, the covers of the stored partials by row; None stands for a finished row."""
+        Afterwards the partials are removed that other shares hold of it, as far as this store has looked at their
+        files (``prepare``, ``covers``, ``headers``, ``shares``): the output has merged them.
+        """
+        place = _Place(self.share, sum_, lane, chunk)
+        self._replace(place, b"", (), checksum)
+        self._discard_merged(place)
+
+    def covers(self, sum_: int = 0) -> list[dict[int, int | None]]:
+        """Return, for each lane, the union of all shares' covers by chunk; None stands for a finished chunk."""
         found: list[dict[int, int | None]] = [{} for _ in range(self.lanes)]
         for header, cover in self.headers():
-            found[header.lane][header.row] = None if header.finished else cover
+            if header.sum == sum_:
+                before = found[header.lane].get(header.chunk, 0)
+                found[header.lane][header.chunk] = None if header.finished or before is None else before | cover
         return found
 
     def headers(self) -> Iterator[tuple[Header, int]]:
-        """Yield header and cover of each stored partial, by lane and row; what is damaged is set aside."""
-        for lane, row in self._stored():
-            try:
-                yield self._read(lane, row)
-            except FileNotFoundError:  # set aside meanwhile by the process that works in the run
-                continue
-            except DamagedError as error:
-                self._set_aside(lane, row, error)
+        """Yield header and cover of each stored partial of all shares, by lane and chunk."""
+        for place in self._stored():
+            if (found := self._checked(place)) is not None:
+                yield found
 
-    def load_into(self, lane: int, row: int, lse: np.ndarray, out: np.ndarray) -> int:
-        """Fill lse and out with the stored partial and return its cover; 0, where there is none or it is damaged."""
-        if not self._path(lane, row).exists():  # an error would keep what its traceback refers to
-            return 0
-        try:
-            header, cover = self._read(lane, row, (_bytes_of(lse), _bytes_of(out)))
-        except FileNotFoundError:
-            return 0
-        except DamagedError as error:
-            self._set_aside(lane, row, error)
-            return 0
-        if header.finished:
-            return 0
-        self.bytes_read += _HEADER_BYTES + header.cover_bytes + header.lse_bytes + header.out_bytes
-        return cover
+    def shares(self, sum_: int, lane: int, chunk: int) -> list[int]:
+        """Return the shares that hold a partial of a chunk, in ascending order; those that finished it do not count."""
+        places = [place for place in self._stored() if place[1:] == (sum_, lane, chunk)]
+        found = [self._checked(place) for place in places]
+        return [header.share for header, _ in filter(None, found) if not header.finished]
 
-    def unfinish(self, lane: int, row: int) -> None:
-        """Take back the word that a row is finished, its output being gone or damaged."""
-        self._path(lane, row).unlink(missing_ok=True)
-        self._generations.pop((lane, row), None)
+    def load_into(self, sum_: int, lane: int, chunk: int, fields: Sequence[np.ndarray]) -> int:
+        """Fill the fields with this share's partial and return its cover; 0, where there is none or it is damaged."""
+        place = _Place(self.share, sum_, lane, chunk)
+        if not self._path(place).exists():  # an error would keep what its traceback refers to
+            return 0
+        found = self._checked(place, _bytes_of(fields))
+        if found is None or found[0].finished:
+            return 0
+        self.bytes_read += _HEADER_BYTES + found[0].cover_bytes + found[0].field_bytes
+        return found[1]
+
+    def unfinish(self, sum_: int, lane: int, chunk: int) -> None:
+        """Take back the word, of whichever share, that a chunk is finished: its output is gone or damaged."""
+        for share in sorted(self._seen):
+            place = _Place(share, sum_, lane, chunk)
+            if self._is_finished(place):
+                self._path(place).unlink(missing_ok=True)
 
     def make_durable(self) -> None:
         """Make what ``covers`` returned survive a power cut, as far as this process may: its writer is about to."""
@@ -169,85 +210,103 @@ class PartialStore:
             if error.errno not in _MAY_NOT:
                 raise
 
-    def _stored(self) -> list[tuple[int, int]]:
+    def _stored(self) -> list[_Place]:
+        """Return the places of the files that are there, those of one chunk side by side."""
         try:
-            names = [path.name for path in self.directory.iterdir()]
+            names = os.listdir(self.directory)  # noqa: PTH208 - names are all that is needed
         except FileNotFoundError:
             return []
-        places = [tuple(map(int, match.groups())) for name in names if (match := _NAME.fullmatch(name))]
-        return sorted((lane, row) for lane, row in places if lane < self.lanes and row < self.rows)
+        places = {_Place(*map(int, match.groups())) for name in names if (match := _NAME.fullmatch(name))}
+        ours = [
+            place
+            for place in places
+            if place.lane < self.lanes and place.sum < len(self.sums) and place.chunk < self.sums[place.sum].chunks
+        ]
+        self._seen.update(place.share for place in ours)
+        return sorted(ours, key=lambda place: (place.lane, place.chunk, place.sum, place.share))
+
+    def _discard_merged(self, place: _Place) -> None:
+        """Remove the partials of a finished chunk. Of two shares that finish it at a time, at least one word stays."""
+        for share in self._seen - {place.share}:
+            other = place._replace(share=share)
+            if not self._is_finished(other):
+                self._path(other).unlink(missing_ok=True)
+
+    def _is_finished(self, place: _Place) -> bool:
+        found = self._checked(place)
+        return found is not None and found[0].finished
+
+    def _checked(self, place: _Place, fields: Sequence[memoryview] = ()) -> tuple[Header, int] | None:
+        """Return what ``_read`` does; None where there is no file, or it is damaged: one of this share is set aside."""
+        try:
+            return self._read(place, fields)
+        except FileNotFoundError:  # removed or set aside meanwhile by the process that works in the run
+            return None
+        except DamagedError as error:
+            if self._ours and place.share == self.share:
+                path = self._path(place)
+                with suppress(FileNotFoundError):
+                    path.replace(path.with_suffix(".damaged"))
+                _log.warning("%s: damaged (%s); it is set aside and its pairs are computed again", path, error)
+            return None
 
     @retrying
-    def _read(self, lane: int, row: int, numbers: Sequence[memoryview] = ()) -> tuple[Header, int]:
-        """Return header and cover of a stored partial, all checked; fill ``numbers`` with its lse and out, checked."""
-        path = self._path(lane, row)
+    def _read(self, place: _Place, fields: Sequence[memoryview]) -> tuple[Header, int]:
+        """Return header and cover of a stored partial, all checked; fill ``fields`` with its own, checked."""
+        path = self._path(place)
         try:
             with open_regular(path) as file:
                 head = bytearray(_HEADER_BYTES)
                 _read_exactly(file, memoryview(head))
                 header = Header.unpack(bytes(head))
-                self._refuse_misfit(header, lane, row, os.fstat(file.fileno()).st_size)
+                self._refuse_misfit(header, place, os.fstat(file.fileno()).st_size)
                 bitmap = bytearray(header.cover_bytes)
                 _read_exactly(file, memoryview(bitmap))
                 if not header.finished and crc32c(bitmap) != header.cover_checksum:
                     raise DamagedError("the cover fails its checksum")
-                if int.from_bytes(bitmap, "little") & ~self.complete(row):
-                    raise DamagedError("a cover of columns that the row does not need")
-                if numbers and not header.finished:
+                if int.from_bytes(bitmap, "little") & ~self.sums[place.sum].complete(place.chunk):
+                    raise DamagedError("a cover of pairs that are not needed")
+                if fields and not header.finished:
                     checksum = 0
-                    for view in numbers:
+                    for view in fields:
                         _read_exactly(file, view)
                         checksum = crc32c(view, checksum)
                     if checksum != header.checksum:
                         raise DamagedError("the numbers fail their checksum")
         except OSError as error:
             raise OSError(error.errno, f"reading failed: {error.strerror}", str(path)) from error
-        self._generations[lane, row] = header.generation
         return header, int.from_bytes(bitmap, "little")
 
-    def _refuse_misfit(self, header: Header, lane: int, row: int, size: int) -> None:
+    def _refuse_misfit(self, header: Header, place: _Place, size: int) -> None:
         """Raise DamagedError where a header does not say what it must."""
-        lse, out = self.elements(row)
-        sizes = (0, 0, 0) if header.finished else (-(-self.columns // 8), 8 * lse, self.out_itemsize * out)
-        found = (header.run, header.lane, header.row, header.columns)
-        lengths = (header.cover_bytes, header.lse_bytes, header.out_bytes)
-        if found != (self.run, lane, row, self.columns) or lengths != sizes:
-            raise DamagedError("a header of another run, row or size")
-        if size != _HEADER_BYTES + sum(sizes):
-            raise DamagedError(f"{size} bytes; expected {_HEADER_BYTES + sum(sizes)}")
+        files = self.sums[place.sum]
+        lengths = (0, 0) if header.finished else (files.cover_bytes, sum(files.field_bytes(place.chunk)))
+        found = (header.run, header.share, header.sum, header.lane, header.chunk, header.covered)
+        if found != (self.run, *place, files.covered) or (header.cover_bytes, header.field_bytes) != lengths:
+            raise DamagedError("a header of another run, place or size")
+        if size != _HEADER_BYTES + sum(lengths):
+            raise DamagedError(f"{size} bytes; expected {_HEADER_BYTES + sum(lengths)}")
 
-    def _replace(
-        self,
-        lane: int,
-        row: int,
-        finished: bool,
-        parts: tuple[bytes, bytes | memoryview, bytes | memoryview],
-        cover_checksum: int,
-        checksum: int,
-    ) -> None:
-        generation = self._generations.get((lane, row), 0) + 1
-        cover, lse, out = (len(part) for part in parts)
-        header = Header(
-            self.run, lane, row, generation, finished, cover, lse, out, self.columns, cover_checksum, checksum
-        )
-        replace_file(self._path(lane, row), [header.pack(), *(part for part in parts if len(part))])
-        self._generations[lane, row] = generation
+    def _replace(self, place: _Place, bitmap: bytes, fields: Sequence[memoryview], output: int | None = None) -> None:
+        """Write cover and fields; or, where the checksum of the output is given, that the chunk is finished."""
+        checksum = output or 0
+        for view in fields:
+            checksum = crc32c(view, checksum)
+        files, size = self.sums[place.sum], sum(map(len, fields))
+        assert output is not None or [*map(len, fields)] == [*files.field_bytes(place.chunk)]
+        lengths = (len(bitmap), size, files.covered)
+        header = Header(self.run, *place, output is not None, *lengths, crc32c(bitmap), checksum)
+        replace_file(self._path(place), [header.pack(), *(part for part in (bitmap, *fields) if len(part))])
         with self._counting:
-            self.bytes_written += _HEADER_BYTES + cover + lse + out
+            self.bytes_written += _HEADER_BYTES + len(bitmap) + size
 
-    def _path(self, lane: int, row: int) -> Path:
-        return self.directory / f"{lane:06d}-{row:06d}.partial"
-
-    def _set_aside(self, lane: int, row: int, error: DamagedError) -> None:
-        if self._ours:
-            path = self._path(lane, row)
-            path.replace(path.with_suffix(".damaged"))
-            _log.warning("%s: damaged (%s); it is set aside and its pairs are computed again", path, error)
+    def _path(self, place: _Place) -> Path:
+        return self.directory / place.name
 
 
-def _bytes_of(values: np.ndarray) -> memoryview:
-    assert values.flags.c_contiguous
-    return values.reshape(-1).view(np.uint8).data
+def _bytes_of(fields: Sequence[np.ndarray]) -> list[memoryview]:
+    assert all(values.flags.c_contiguous for values in fields)
+    return [values.reshape(-1).view(np.uint8).data for values in fields]
 
 
 def _read_exactly(file: io.FileIO, view: memoryview) -> None:

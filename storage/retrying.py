@@ -2,7 +2,6 @@
 
 import errno
 import logging
-from collections.abc import Iterator
 
 from tenacity import RetryCallState, retry, retry_if_exception, stop_after_attempt, wait_exponential
 
@@ -16,14 +15,11 @@ _TRANSIENT = frozenset(
 _log = logging.getLogger(__name__)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _transient(error: BaseException) -> bool:
-    return any(isinstance(cause, OSError) and cause.errno in _TRANSIENT for cause in _causes(error))
+def _transient(error: BaseException | None) -> bool:
+    """Return whether an error, or what it comes from, may pass by itself."""
+    if error is None:
+        return False
+    return (isinstance(error, OSError) and error.errno in _TRANSIENT) or _transient(error.__cause__)
 
 
 def _tell(state: RetryCallState) -> None:

@@ -7,9 +7,16 @@ from torch import Tensor
 
 
 def dense(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, q_start: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    q_start: int = 0,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) in float64; rows that see no key give 0 and -inf."""
+    """Return (out, lse) in float64; rows that see no key give 0 and -inf. ``seen``: which keys each query sees."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -17,6 +24,8 @@ def dense(
     if causal:
         position = torch.arange(q.shape[2], device=q.device)[:, None] + q_start
         scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device)[None, :] > position, -math.inf)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(scores, 3)
     weights = torch.exp(scores - lse[..., None]).nan_to_num(nan=0.0)
     return weights @ v, lse

@@ -166,7 +166,7 @@ def test_a_run_directory(tmp_path: Path) -> None:
     """What was left of beginning a run is not foreign, and is swept. News that cannot be written leave none."""
     directory = RunDirectory(tmp_path)
     (tmp_path / "results.zarr").mkdir()
-    names = ("run.json", "run.copy.json", "session.json", "results.zarr/zarr.json")
+    names = ("run.json", "state.json", "session.json", "results.zarr/zarr.json")
     for name in names:
         assert write_half(tmp_path / name, "SIGKILL").wait() == -signal.SIGKILL
     assert len(list(tmp_path.rglob("*.tmp"))) == len(names)

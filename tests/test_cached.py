@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cqsa_stream.storage.open import open_array
-from cqsa_stream.storage.readers.cached import all_cached, through_cache
+from cqsa_stream.storage.readers.files import all_cached, through_cache
 
 SIZE = 12 << 20  # an array that is not read through the cache in any case
 

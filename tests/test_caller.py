@@ -1,6 +1,7 @@
 """What a call does to the process it is made in, and what it refuses to take: the edge of the Python surface."""
 
 import asyncio
+import inspect
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import cqsa_stream as cqsa
+from cqsa_stream.command import parse_window
 from cqsa_stream.errors import NoMemoryError, RunInterrupted
 from cqsa_stream.events import Ended, Event, Progressed, Started
 from tests.conftest import environment
@@ -68,6 +70,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"queries": 4}, "whole numbers"),
     ({"queries": (0.0, 3.0)}, "whole numbers"),
     ({"q_start": "0"}, "whole numbers"),
+    ({"window": 0}, "at least 1"),
+    ({"window": -3}, "at least 1"),
+    ({"window": True}, "at least 1"),
+    ({"window": np.bool_(True)}, "at least 1"),
+    ({"window": 2.0}, "at least 1"),
+    ({"window": "7"}, "at least 1"),
+    ({"queries": "3-9"}, "A:B"),
+    ({"fresh": 1}, "expected True or False"),
+    ({"fill_missing": "no"}, "expected True or False"),
+    ({"run_dir": "r"}, "give out"),
+    ({"lse": "l"}, "give out"),
+    ({"out_dtype": "int8"}, "int8"),
     ({"chunks": 7.5}, "whole number"),
     ({"chunks": "7"}, "whole number"),
     ({"chunks": True}, "whole number"),
@@ -94,6 +108,34 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(cqsa.CqsaError, match=message) as refused:
         cqsa.attention(*qkv(), **options)
     assert type(refused.value).exit_code == 2
+
+
+def test_what_a_window_is() -> None:
+    assert [parse_window(window) for window in (None, 1, np.int64(2**40))] == [None, 1, 2**40]
+    with pytest.raises(cqsa.InputError, match="at least 1"):
+        cqsa.plan(*qkv(), window=0)
+
+
+def test_plan_takes_the_arguments_of_attention() -> None:
+    assert inspect.signature(cqsa.plan).parameters == inspect.signature(cqsa.attention).parameters
+    with pytest.raises(TypeError, match="is_casual"):
+        cqsa.plan(*qkv(), is_casual=True)  # type: ignore[call-arg]
+    q, k, v = qkv()
+    plan = cqsa.plan(q, k, v, None, 0.0, True, chunks=7, schedule="rectangular")
+    assert (plan.schedule, plan.grid.rows.chunks, plan.pairs) == ("rectangular", 7, 2 * 28)
+
+
+def test_the_words_of_the_command_line(tmp_path: Path) -> None:
+    """Those of its options that a call has had no words for."""
+    q, k, v = qkv()
+    where: dict[str, Any] = {"out": tmp_path / "out", "lse": tmp_path / "lse", "out_dtype": "float16"}
+    out = cqsa.attention(q, k, v, **where, **CPU)
+    assert out.dtype.name == "float16"
+    assert (tmp_path / "lse/zarr.json").exists()
+    with pytest.raises(cqsa.MismatchError):
+        cqsa.attention(q, k, v, is_causal=True, **where, **CPU)
+    cqsa.attention(q, k, v, is_causal=True, fresh=True, **where, **CPU)
+    assert cqsa.plan(q, k, v, is_causal=False, **where, **CPU).fits, "a plan is that of a new run"
 
 
 def test_numpys_numbers_are_numbers() -> None:
@@ -353,6 +395,7 @@ def test_the_allocator_is_left_alone_where_no_budget_is_named(monkeypatch: pytes
 
 def test_page_locking_that_fails_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     from cqsa_stream.engine.arena import PageLock, pages
+    from cqsa_stream.machine.device import Cuda
 
     class Runtime:
         @staticmethod
@@ -360,7 +403,7 @@ def test_page_locking_that_fails_is_told_as_such(monkeypatch: pytest.MonkeyPatch
             return 2
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    lock = PageLock(pages(4096).view(1, 4096), torch.device("cpu"))
+    lock = PageLock(pages(4096).view(1, 4096), Cuda(torch.device("cuda", 0)))
     with pytest.raises(NoMemoryError, match="smaller host_memory"):
         lock._register(0, 4096)
 
@@ -454,11 +497,11 @@ def test_verify_says_what_is_the_inputs_fault_and_what_is_left(tmp_path: Path) -
 
 
 def test_two_runs_do_not_share_one_lse(tmp_path: Path) -> None:
-    from cqsa_stream.planning import Options
+    from cqsa_stream.command import Command, Target
+    from cqsa_stream.inputs import open_inputs
+    from cqsa_stream.options import Options
     from cqsa_stream.problem import Problem
-    from cqsa_stream.run.admission import Target
-    from cqsa_stream.run.inputs import open_inputs
-    from cqsa_stream.run.session import run_on_disk
+    from cqsa_stream.run.durable import compute
     from cqsa_stream.run.stopping import Stopper
 
     arrays = open_inputs(*qkv())
@@ -467,7 +510,7 @@ def test_two_runs_do_not_share_one_lse(tmp_path: Path) -> None:
 
     def run(name: str, observers: Any = ()) -> None:
         target = Target.of(tmp_path / name, None, tmp_path / "lse")
-        run_on_disk(problem, arrays, Options(device="cpu"), target, observers, Stopper())
+        compute(Command(arrays, problem, Options(device="cpu"), target), observers, Stopper())
 
     def second(event: Event) -> None:
         if isinstance(event, Started):
@@ -497,9 +540,9 @@ def test_the_time_of_a_resume_does_not_grow_with_the_finished_output(
     monkeypatch.setattr(outputs, "_LOOKED_AT_BYTES", 20_000)
     whole = ZarrSink.holds
 
-    def holds(sink: ZarrSink, lane: int, row: int, checksum: int) -> bool:
+    def holds(sink: ZarrSink, sum_: int, lane: int, row: int, checksum: int) -> bool:
         read.append(row)
-        return whole(sink, lane, row, checksum)
+        return whole(sink, sum_, lane, row, checksum)
 
     monkeypatch.setattr(ZarrSink, "holds", holds)
     options: dict[str, Any] = {"chunks": 57, "schedule": "rectangular", "device": "cpu", "host_memory": "25MiB"}

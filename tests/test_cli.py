@@ -100,6 +100,7 @@ BAD_INPUT: list[tuple[str, Callable[[Path], object], tuple[object, ...], str]] =
     ("device memory on the CPU", lambda d: None, (*QKV, "o", "--device", "cpu", "--device-memory", "1GiB"), "one pool"),
     ("queries", lambda d: None, (*QKV, "o", "--queries", "5"), "A:B"),
     ("queries past the end", lambda d: None, (*QKV, "o", "--queries", "5:400"), "<= 300"),
+    ("window", lambda d: None, (*QKV, "o", "--window", "0"), "at least 1"),
     ("chunks", lambda d: None, (*QKV, "o", "--chunks", "8"), "7 or 13"),
     ("cqs elsewhere", lambda d: None, (*QKV, "o", "--schedule", "cqs", "--queries", "0:9"), "same positions"),
     ("schedule", lambda d: None, (*QKV, "o", "--schedule", "best"), "rectangular"),

@@ -157,7 +157,6 @@ def test_the_device_auto_inherits_what_the_last_session_had(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("data")
-@pytest.mark.xfail(reason="what the next session inherits is read from the event log, which is news", strict=True)
 def test_what_a_session_inherits_is_state(cli: Cli, tmp_path: Path) -> None:
     words = ("--host-memory", "31MiB", "--device", "cpu", "--chunks", 13)
     assert cli("run", *QKV, "o", *words, "--max-seconds", 0).returncode == 3
@@ -167,7 +166,6 @@ def test_what_a_session_inherits_is_state(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("data")
-@pytest.mark.xfail(reason="verify asks the event log for the device, which is news", strict=True)
 def test_verifys_tolerance_is_not_read_from_the_news(cli: Cli, tmp_path: Path) -> None:
     from cqsa_stream.run.directory import RunDirectory
 
@@ -180,7 +178,6 @@ def test_verifys_tolerance_is_not_read_from_the_news(cli: Cli, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("data")
-@pytest.mark.xfail(reason="the operator of CUDA's kernels is chosen by a file in the user's cache", strict=True)
 def test_kernel_and_tile_belong_to_the_plan(cli: Cli) -> None:
     plan = json.loads(cli("plan", *QKV, "o", "--json").stdout)
     assert {"kernel", "operator", "tile"} <= set(plan)

@@ -11,9 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import cqsa_stream as cqsa
 from cqsa_stream import planning
-from cqsa_stream.schedulers.model.traffic import counted
+from cqsa_stream.schedulers.model.traffic import moved
 from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.schedulers.search import Machine, Request, make_plan, make_schedule
+from cqsa_stream.schedulers.request import Machine, Request
+from cqsa_stream.schedulers.schedules import make_schedule
+from cqsa_stream.schedulers.search import make_plan
 from tests.reference import dense, error, inputs
 
 KINDS = ("normal", "uniform", "peaked", "sink", "early keys unseen")
@@ -94,8 +96,8 @@ def test_partials_may_leave_the_device_for_memory_or_disk(
         plan = make_plan(request, machine)
         layout = replace(plan.layout, resident_rows=resident, parked_rows=parked, stride=4)
         schedule = make_schedule("cqs", plan.grid, layout)
-        moved = counted(request.work, schedule, layout, request.arrays, 0)
-        cost = replace(plan.cost, bytes_written=moved.bytes_written, bytes_read=moved.bytes_read, spills=moved.spills)
+        found = moved(request.work, schedule, layout, request.arrays)
+        cost = replace(plan.cost, bytes_written=found.bytes_written, bytes_read=found.bytes_read, spills=found.spills)
         return replace(plan, layout=layout, cost=cost)
 
     q, k, v = inputs("normal", torch.float32, 2, 1, 400, 16)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cqsa_stream.kernels.choose import Fold, fold_for
+from cqsa_stream.kernels.choose import fold_for
+from cqsa_stream.kernels.contract import Fold
 from cqsa_stream.kernels.fold import fold
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -17,7 +18,7 @@ def implementation(name: str) -> tuple[Fold, torch.device]:
     if name == "torch":
         return fold, CUDA
     pytest.importorskip("cupy")
-    from cqsa_stream.kernels.fold_cupy import fold as fused
+    from cqsa_stream.kernels.cupy import fold as fused
 
     return fused, CUDA
 

@@ -164,3 +164,31 @@ def test_memory_as_the_driver_sees_it(schedule: str, kernel: str, tmp_path: Path
     assert 0 < status["device_peak_bytes"] <= status["device_projected_bytes"] <= 256 * MIB
     if status["device_driver_peak_bytes"]:
         assert status["device_driver_peak_bytes"] <= 256 * MIB + status["device_reserved_bytes"]
+
+
+@pytest.mark.parametrize("window", [1, 2, 100, 1_000, 2_999, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_windows(dtype: torch.dtype, window: int) -> None:
+    """A window's lower edge is a causal triangle with rows and keys reversed."""
+    q, k, v = inputs("normal", dtype, 4, 2, 3_000, 64)
+    position = torch.arange(3_000, device="cuda")
+    seen = (position <= position[:, None]) & (position > position[:, None] - window)
+    expected, expected_lse = dense(q.float().cuda(), k.float().cuda(), v.float().cuda(), seen=seen)
+    for schedule in ("cqs", "rectangular"):
+        out, lse = cqsa.attention(
+            q, k, v, window=window, enable_gqa=True, device="cuda", schedule=schedule, chunks=7, return_lse=True
+        )
+        assert error(out, expected.cpu()) <= (2e-6 if dtype == torch.float32 else 6e-3)
+        step = 1e-5 if dtype == torch.float32 else 2e-3
+        assert (lse.double() - expected_lse.cpu()).abs().max() <= step * max(1.0, float(expected_lse.abs().max()))
+
+
+def test_a_window_keeps_its_budget_on_disk(tmp_path: Path) -> None:
+    query, key, value = generate(tmp_path / "inputs", tokens=300_000, heads=2, head_dim=64, dtype="bfloat16")
+    out = tmp_path / "out"
+    cqsa.attention(query, key, value, window=4_096, out=out, device="cuda", device_memory="600MiB", host_memory="2GiB")
+    run = cqsa.open_run(tmp_path / "out.run")
+    status = run.status()
+    assert status["complete"]
+    assert status["device_peak_bytes"] <= status["device_projected_bytes"] <= 600 * MIB
+    assert run.verify(rows=64).ok

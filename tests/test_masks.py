@@ -1,46 +1,174 @@
-"""Kernel calls cover every visible score exactly once, and nothing else."""
+"""Bands against a dense mask, at any offset; and kernel calls: every visible score exactly once, and nothing else."""
 
 from collections import Counter
+from collections.abc import Iterable
 
-from hypothesis import given
+import pytest
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cqsa_stream.schedulers.masks.bands import Causal, Full, Mask
-from cqsa_stream.schedulers.model.memory import Tile
+from cqsa_stream.schedulers.masks.bands import Band, Mask
+from cqsa_stream.schedulers.masks.calls import Tile, calls
+from cqsa_stream.schedulers.masks.causal import causal
+from cqsa_stream.schedulers.masks.full import full
+from cqsa_stream.schedulers.masks.window import window
+from cqsa_stream.schedulers.runs import Runs
 
-spans = st.tuples(st.integers(0, 50), st.integers(1, 50)).map(lambda t: range(t[0], t[0] + t[1]))
-tiles = st.builds(Tile, st.integers(1, 20), st.integers(1, 20), st.integers(1, 9))
+SIDE = 14
+diagonals = st.none() | st.integers(-SIDE, SIDE)
+bands = st.builds(
+    lambda r, c, lo, hi: Band(r[0], r[0] + r[1], c[0], c[0] + c[1], lo, hi),
+    st.tuples(st.integers(0, SIDE), st.integers(0, SIDE)),
+    st.tuples(st.integers(0, SIDE), st.integers(0, SIDE)),
+    diagonals,
+    diagonals,
+)
+spans = st.tuples(st.integers(0, 2 * SIDE), st.integers(1, SIDE)).map(lambda t: range(t[0], t[0] + t[1]))
+long_spans = st.tuples(st.integers(0, 50), st.integers(1, 50)).map(lambda t: range(t[0], t[0] + t[1]))
+tiles = st.builds(Tile, st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.booleans())
+offsets = st.integers(-(2**45), 2**45)
+Seen = set[tuple[int, int]]
+
+
+def dense(band: Band) -> Seen:
+    """The pairs that a band lets through, from its definition."""
+    return {
+        (q, k)
+        for q in range(band.r0, band.r1)
+        for k in range(band.c0, band.c1)
+        if (band.lo is None or k - q >= band.lo) and (band.hi is None or k - q <= band.hi)
+    }
+
+
+def disjoint(candidates: Iterable[Band]) -> tuple[list[Band], Seen]:
+    """Take bands as long as none shows a query a key that it sees already."""
+    kept: list[Band] = []
+    seen: Seen = set()
+    for band in candidates:
+        if not dense(band) & seen:
+            kept.append(band)
+            seen |= dense(band)
+    return kept, seen
+
+
+lists = st.lists(bands, max_size=6).map(disjoint)
+
+
+@given(lists, spans, spans, offsets, offsets)
+def test_a_list_of_bands_is_its_dense_mask(
+    found: tuple[list[Band], Seen], rows: range, keys: range, r: int, c: int
+) -> None:
+    kept, seen = found
+    mask = Mask(kept, "any").shifted(r, c)
+    here = {(q, k) for q, k in seen if q in rows and k in keys}
+    moved_rows, moved_keys = range(rows.start + r, rows.stop + r), range(keys.start + c, keys.stop + c)
+    cut = list(mask.cut(moved_rows, moved_keys))
+    found_here = Counter((q - r, k - c) for band in cut for q, k in dense(band))
+    assert found_here == dict.fromkeys(here, 1)
+    assert mask.scores(moved_rows, moved_keys) == len(here)
+    for band in cut:
+        inside = dense(band)
+        assert {q for q, _ in inside} == set(band.rows), "tight: each row sees a key"
+        assert {k for _, k in inside} == set(band.columns), "tight: each key is seen"
+        assert band.full == (len(inside) == len(band.rows) * len(band.columns))
+        by_all = {k for k in band.columns if all((q, k) in inside for q in band.rows)}
+        assert set(band.seen_by_all) == by_all
+    whole = mask.restricted(moved_rows, moved_keys)
+    assert whole.scores(moved_rows, moved_keys) == len(here)
+    assert set(mask.keys(moved_rows)) == {k + c for q, k in seen if q in rows}
+    assert set(mask.transposed.keys(moved_keys)) == {q + r for q, k in seen if k in keys}
+    assert Mask.from_list(mask.to_list(), "any") == mask
+
+
+@given(bands, bands, offsets, offsets)
+def test_overlaps_are_refused(a: Band, b: Band, rows: int, keys: int) -> None:
+    if dense(a) & dense(b):
+        with pytest.raises(ValueError, match="overlap"):
+            Mask([a.shifted(rows, keys), b.shifted(rows, keys)], "any")
+    else:
+        assert len(Mask([a.shifted(rows, keys), b.shifted(rows, keys)], "any")) <= 2
+
+
+def test_counts_at_any_size_are_exact() -> None:
+    """Sums of arithmetic progressions, spelled out."""
+    n = 2**45
+    everything = range(-(2**46), 2**47)
+    assert causal(range(n), n).scores(everything, everything) == n * (n + 1) // 2
+    assert full(range(n), n).scores(everything, everything) == n * n
+    assert window(range(n), n, 4096).scores(everything, everything) == n * 4096 - 4096 * 4095 // 2
+    assert window(range(n - 1, n), n, 2048).keys(range(n - 1, n)) == Runs([range(n - 2048, n)])
+
+
+def test_a_window_of_2048_shows_1_2_and_so_on_keys() -> None:
+    mask = window(range(5000), 5000, 2048)
+    seen = [mask.scores(range(row, row + 1), range(5000)) for row in range(5000)]
+    assert seen == [min(row + 1, 2048) for row in range(5000)]
+
+
+@pytest.mark.parametrize("width", [0, -1])
+def test_a_window_without_keys_is_refused(width: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        window(range(10), 10, width)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{}, [[0, 1, 2]], [[0, 1, 0, 1, "a", None]], [[0.0, 1, 0, 1, None, None]], [[True, 1, 0, 1, None, None]],
+                [[0, 2**70, 0, 1, None, None]], [[0, 1, 0, 1, None, None]] * 2]
+)  # fmt: skip
+def test_what_is_no_list_of_bands_is_refused(numbers: object) -> None:
+    with pytest.raises(ValueError, match=r"expected|overlap"):
+        Mask.from_list(numbers, "any")
 
 
 def check(mask: Mask, rows: range, columns: range, tile: Tile) -> None:
-    visible = {(i, j) for i in rows for j in columns if j in mask.seen_by(i)}
+    visible = {pair for band in mask for pair in dense(band) if pair[0] in rows and pair[1] in columns}
     computed: Counter[tuple[int, int]] = Counter()
-    for call in mask.calls(rows, columns, tile):
+    for call in calls(mask, rows, columns, tile):
         assert 0 < len(call.rows) <= tile.rows
-        assert 0 < len(call.columns) <= (tile.columns if call.mask == "full" else tile.rows)
-        assert call.mask == "full" or len(call.rows) == len(call.columns) <= call.tiles * tile.leaf
-        height, width = len(call.rows) // call.tiles, len(call.columns) // call.tiles
-        assert (height * call.tiles, width * call.tiles) == (len(call.rows), len(call.columns))
+        assert call.height * call.tiles == len(call.rows)
+        assert 0 < len(call.columns) <= max(tile.columns, tile.rows, call.height)
+        full_call, both = call.left is call.right is None, None not in (call.left, call.right)
+        assert full_call or both or (call.left, call.right) in ((None, 0), (0, None))
+        assert full_call or both or len(call.columns) == call.height <= (tile.leaf if call.left is None else tile.edge)
+        assert not both or (tile.bands and call.height <= tile.edge)
+        left, right = (10**9 if bound is None else bound for bound in (call.left, call.right))
         for t in range(call.tiles):
-            for x, i in enumerate(call.rows[t * height : (t + 1) * height]):
-                keys = call.columns[t * width : (t + 1) * width]
-                computed.update((i, j) for y, j in enumerate(keys) if call.mask == "full" or y <= x)
+            for i, j in ((i, j) for i in range(call.height) for j in range(len(call.columns))):
+                if -left <= j - i <= right:
+                    computed[call.rows.start + t * call.height + i, call.columns.start + t * call.height + j] += 1
     assert computed == dict.fromkeys(visible, 1)
     assert mask.scores(rows, columns) == len(visible)
 
 
-@given(spans, spans, st.integers(-60, 60), tiles)
-def test_causal(rows: range, columns: range, q_start: int, tile: Tile) -> None:
-    check(Causal(120, q_start), rows, columns, tile)
+@given(long_spans, long_spans, st.integers(-60, 60), tiles)
+def test_calls_of_a_causal_mask(rows: range, columns: range, q_start: int, tile: Tile) -> None:
+    check(causal(range(q_start, q_start + 120), 120).shifted(-q_start, 0), rows, columns, tile)
 
 
-@given(spans, spans, tiles)
-def test_full(rows: range, columns: range, tile: Tile) -> None:
-    check(Full(120), rows, columns, tile)
+@given(long_spans, long_spans, st.integers(-60, 60), st.integers(1, 130), tiles)
+def test_calls_of_a_window(rows: range, columns: range, q_start: int, width: int, tile: Tile) -> None:
+    check(window(range(q_start, q_start + 120), 120, width).shifted(-q_start, 0), rows, columns, tile)
 
 
-@given(spans, st.integers(-60, 60))
-def test_keys_seen_is_the_union_over_the_rows(rows: range, q_start: int) -> None:
-    mask = Causal(40, q_start)
-    seen = {key for row in rows for key in mask.seen_by(row)}
-    assert set(mask.keys_seen(rows)) == seen
+@given(long_spans, long_spans, tiles)
+def test_calls_of_a_full_mask(rows: range, columns: range, tile: Tile) -> None:
+    check(full(range(120), 120), rows, columns, tile)
+
+
+@given(lists, spans, spans, tiles)
+def test_calls_of_any_list_of_bands(found: tuple[list[Band], Seen], rows: range, columns: range, tile: Tile) -> None:
+    assume(found[0])
+    check(Mask(found[0], "any"), rows, columns, tile)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)).map(lambda t: range(t[0], t[0] + t[1])), max_size=6))
+def test_runs_are_a_set(parts: list[range]) -> None:
+    runs = Runs(sorted(parts, key=lambda part: part.start))
+    members = {n for part in parts for n in part}
+    assert list(runs) == sorted(members)
+    assert len(runs) == len(members)
+    assert [n in runs for n in range(-1, 40)] == [n in members for n in range(-1, 40)]
+    assert runs.bits == sum(1 << n for n in members)
+    for n in range(-1, 40):
+        assert runs.first_from(n) == min((m for m in members if m >= n), default=None)
+    assert all(a.stop < b.start for a, b in zip(runs.ranges, runs.ranges[1:], strict=False))

@@ -6,11 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cqsa_stream.machine.habits import CUDA, HOST
+from cqsa_stream.schedulers.cqs import Cqs
 from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.masks.bands import mask_of
+from cqsa_stream.schedulers.masks.bands import Mask
+from cqsa_stream.schedulers.masks.calls import Tile
+from cqsa_stream.schedulers.masks.causal import causal as causal_mask
+from cqsa_stream.schedulers.masks.full import full as full_mask
+from cqsa_stream.schedulers.masks.window import window
+from cqsa_stream.schedulers.model import traffic as traffic_model
 from cqsa_stream.schedulers.model.memory import (
     Layout,
-    Tile,
     Workload,
     footprint,
     partial_bytes,
@@ -19,21 +25,25 @@ from cqsa_stream.schedulers.model.memory import (
 )
 from cqsa_stream.schedulers.model.rates import Rates, Speeds, TileTimes
 from cqsa_stream.schedulers.model.seconds import cost, kernel_s
-from cqsa_stream.schedulers.model.traffic import Stored, Traffic, counted, estimated
-from cqsa_stream.schedulers.schedules import Cqs, Rectangular
-from cqsa_stream.schedulers.search import Machine, Request, make_plan, make_schedule
+from cqsa_stream.schedulers.model.traffic import Stored, Traffic
+from cqsa_stream.schedulers.rectangular import Rectangular
+from cqsa_stream.schedulers.request import Machine, Request
+from cqsa_stream.schedulers.schedules import make_schedule
+from cqsa_stream.schedulers.search import make_plan
+from cqsa_stream.schedulers.tasks import Schedule
 
 MIB = 2**20
 TILES = TileTimes.nominal(1e11, 128, 1e-4)
 SPEEDS = Speeds(
     read_bytes_per_s=1e9, write_bytes_per_s=5e8, stage_bytes_per_s=4e9, touch_bytes_per_s=4e9, file_s=2e-3,
-    file_lost_s=1e-3, block_s=1e-4, read_cpu_s=2e-10, check_cpu_s=1e-9, expand_cpu_s=4e-9, on_processor=True,
+    file_lost_s=1e-3, block_s=1e-4, read_cpu_s=2e-10, check_cpu_s=1e-9, expand_cpu_s=4e-9,
 )  # fmt: skip
 RATES = Rates(TILES, SPEEDS)
+HABITS = dataclasses.replace(HOST, block_tokens=8_192)
+TILE = Tile(16_384, 4_096, 1_024, 256)
 MACHINE = Machine(
-    device="cpu", device_allowed_bytes=None, host_allowed_bytes=256 * MIB,
-    host_reserved_bytes=20 * MIB, rates=RATES, measured=RATES, tile=Tile(16_384, 4_096, 1_024), block_tokens=8_192,
-    column_tokens=16_384, step_flops=2e11,
+    kernel="torch-cpu", operator="flash", habits=HABITS, device_allowed_bytes=None, host_allowed_bytes=256 * MIB,
+    host_reserved_bytes=20 * MIB, rates=RATES, measured=RATES, tile=TILE, step_flops=2e11,
 )  # fmt: skip
 
 
@@ -47,15 +57,26 @@ def request(
     chunk: int = 1,
 ) -> Request:
     rows = tokens if queries is None else queries
-    mask = mask_of(causal, tokens, tokens - rows)
-    stored = Stored(tokens, chunk, 1, 256, encoding="raw" if chunk == 1 else "checked")
+    mask = masked(tokens, rows, causal=causal)
+    stored = Stored(tokens, chunk, 1, 256, encoding="raw" if chunk == 1 else "compressed")
     work = Workload(
         lanes=2, group=group, head_dim=64, value_dim=64, stored_itemsize=4, compute_itemsize=4, out_itemsize=4,
+        row_bytes=group * (64 * 4 + 8), left_bytes=group * (64 * 4 + 4),
         flops=2 * 128 * mask.scores(range(rows), range(tokens)) * 2 * group, staging_bytes=0, durable=durable,
         resident_output_bytes=0,
     )  # fmt: skip
-    arrays = (dataclasses.replace(stored, heads_fetched=group), stored, stored)
-    return Request(work, rows, tokens, tokens - rows, rows == tokens, mask, arrays)
+    arrays = (dataclasses.replace(stored, heads_fetched=group, first=tokens - rows), stored, stored)
+    return Request(work, rows, tokens, rows == tokens, mask, arrays)
+
+
+def masked(tokens: int, rows: int, *, causal: bool) -> Mask:
+    """The mask of the last rows, counted from 0."""
+    positions = range(tokens - rows, tokens)
+    return (causal_mask if causal else full_mask)(positions, tokens).shifted(rows - tokens, 0)
+
+
+def exactly(wanted: Request, schedule: Schedule, layout: Layout) -> Traffic:
+    return traffic_model.moved(wanted.work, schedule, layout, wanted.arrays)
 
 
 def allowed(host: int) -> Machine:
@@ -67,9 +88,9 @@ def test_the_memory_model_is_a_sum() -> None:
     axis = Axis(700, 100, 7)
     layout = Layout(
         rows_per_task=3, query_places=3, resident_rows=7, block_tokens=50, query_tokens=50, slot_bytes=50 * 64 * 4,
-        ring_slots=4, cache_slots=5, tile=Tile(16_384, 50, 50), out_tokens=25,
+        ring_slots=4, cache_slots=5, tile=Tile(16_384, 50, 50, 50), out_tokens=25,
     )  # fmt: skip
-    held = footprint(work, axis, axis, layout, 7, "cpu", 1000)
+    held = footprint(work, axis, axis, layout, 7, HOST, 1000)
     host = held.pageable
     assert held.device == held.pinned == {}
     assert host["queries"] == 3 * 100 * 64 * 4
@@ -83,19 +104,19 @@ def test_the_memory_model_is_a_sum() -> None:
     assert held.disk["partials"] == (7 + 1) * (4096 + 1 + 100 * 264) + 2 * 7 * 4096
     assert partial_file_bytes(work, 100, 7) == 4096 + 1 + 100 * 264
     half = dataclasses.replace(work, stored_itemsize=2)
-    assert footprint(half, axis, axis, layout, 7, "cpu", 0).pageable["upcast"] == 50 * 128 * 4
-    cuda = footprint(half, axis, axis, layout, 7, "cuda", 1000)
+    assert footprint(half, axis, axis, layout, 7, HOST, 0).pageable["upcast"] == 50 * 128 * 4
+    cuda = footprint(half, axis, axis, layout, 7, CUDA, 1000)
     assert cuda.device_bytes == 2 * MIB + 2 * MIB  # all of it small: one segment, and one for the call
     assert cuda.device["leaving"] == 100 * (64 * 4 + 4) + 2 * 4096
     assert set(cuda.pinned) == {"ring", "cache", "leaving", "partials"}
-    leaving = footprint(half, axis, axis, dataclasses.replace(layout, leaving_rows=3), 7, "cuda", 1000)
+    leaving = footprint(half, axis, axis, dataclasses.replace(layout, leaving_rows=3), 7, CUDA, 1000)
     assert leaving.pinned["leaving"] == 3 * (100 * 260 + 2 * 4096)
     assert cuda.pageable["partial staging"] == 100 * 264
     assert cuda.pinned["partials"] == 0
-    parked = footprint(half, axis, axis, dataclasses.replace(layout, parked_rows=2), 7, "cuda", 1000)
+    parked = footprint(half, axis, axis, dataclasses.replace(layout, parked_rows=2), 7, CUDA, 1000)
     assert parked.pinned["partials"] == 2 * (100 * 264 + 2 * 4096)
     assert cuda.host_bytes == sum(cuda.pinned.values()) + sum(cuda.pageable.values())
-    assert footprint(dataclasses.replace(work, durable=False), axis, axis, layout, 7, "cpu", 0).disk_bytes == 0
+    assert footprint(dataclasses.replace(work, durable=False), axis, axis, layout, 7, HOST, 0).disk_bytes == 0
 
 
 def forced(tokens: int, schedule: str, *, causal: bool = False, **more: int) -> Layout:
@@ -103,14 +124,14 @@ def forced(tokens: int, schedule: str, *, causal: bool = False, **more: int) -> 
     fields = {"rows_per_task": 3, "query_places": 3, "resident_rows": 7, "block_tokens": axis.chunk_tokens,
               "ring_slots": 4, "query_tokens": axis.chunk_tokens, "cache_slots": 0, "out_tokens": axis.chunk_tokens,
               "slot_bytes": axis.chunk_tokens * 256, **more}  # fmt: skip
-    return Layout(tile=Tile(16_384, 4_096, 1_024), **fields)
+    return Layout(tile=TILE, **fields)
 
 
 def moved(tokens: int, schedule: str, layout: Layout, *, causal: bool = False) -> Traffic:
     wanted = request(tokens, causal=causal)
     axis = Axis.cut(tokens, 7)
-    grid = Grid.of(axis, axis, wanted.mask.keys_seen, True)
-    return counted(wanted.work, make_schedule(schedule, grid, layout), layout, wanted.arrays, 0)
+    grid = Grid(axis, axis, wanted.mask, True)
+    return exactly(wanted, make_schedule(schedule, grid, layout), layout)
 
 
 def test_what_is_used_again_is_read_again_unless_there_is_room() -> None:
@@ -130,9 +151,9 @@ def test_cqs_uses_every_chunk_in_k_tasks() -> None:
     found = moved(tokens, "cqs", forced(tokens, "cqs", ring_slots=1))
     assert found.query_tokens == found.key_tokens == 2 * 3 * tokens
     assert found.fetched_bytes == 2 * 3 * 3 * tokens * 256
-    assert found.spills == found.restores == 0
+    assert found.spills == found.restored_bytes == 0
     spilling = moved(tokens, "cqs", forced(tokens, "cqs", resident_rows=3))
-    assert spilling.spills == spilling.restores > 0
+    assert spilling.spilled_bytes == spilling.restored_bytes > 0
     assert spilling.spilled_bytes == spilling.spills * (4096 + 1 + 4096 * 264)
     assert spilling.finished_bytes == 2 * (tokens * 260 + 7 * 4096)
 
@@ -147,15 +168,15 @@ def test_estimates_are_near_what_is_counted(
     tokens = chunks * 512
     wanted = request(tokens, causal=causal, chunk=stored)
     axis = Axis.cut(tokens, chunks)
-    grid = Grid.of(axis, axis, wanted.mask.keys_seen, True)
+    grid = Grid(axis, axis, wanted.mask, True)
     rows = min(4, chunks) if rectangular else Cqs(grid).rows_per_task
     layout = dataclasses.replace(
         forced(tokens, "cqs"), rows_per_task=rows, resident_rows=min(chunks, rows + spare), block_tokens=512,
         query_tokens=512, slot_bytes=512 * 256, cache_slots=cache,
     )  # fmt: skip
     schedule = Rectangular(grid, rows) if rectangular else Cqs(grid)
-    exact = counted(wanted.work, schedule, layout, wanted.arrays, 0)
-    guess = estimated(wanted.work, schedule, layout, wanted.arrays, 0)
+    exact = exactly(wanted, schedule, layout)
+    guess = traffic_model.moved(wanted.work, schedule, layout, wanted.arrays, exactly=False)
     assert guess.fetched_bytes == pytest.approx(exact.fetched_bytes, rel=0.4)
     assert guess.query_tokens == pytest.approx(exact.query_tokens, rel=0.2)
     assert guess.key_tokens == pytest.approx(exact.key_tokens, rel=0.2)
@@ -167,14 +188,14 @@ def test_estimates_are_near_what_is_counted(
 def test_the_kernel_time_is_that_of_the_calls() -> None:
     wanted, tokens = request(7 * 2048), 7 * 2048
     axis = Axis.cut(tokens, 7)
-    grid = Grid.of(axis, axis, wanted.mask.keys_seen, True)
+    grid = Grid(axis, axis, wanted.mask, True)
     layout = forced(tokens, "rectangular")
-    assert kernel_s(wanted.work, grid, layout, wanted.mask, TILES) == pytest.approx(2 * 49 * TILES.tile_s(2048, 2048))
+    assert kernel_s(wanted.work, grid, layout, TILES) == pytest.approx(2 * 49 * TILES.tile_s(2048, 2048))
     causal = request(tokens, causal=True)
-    grid = Grid.of(axis, axis, causal.mask.keys_seen, True)
+    grid = Grid(axis, axis, causal.mask, True)
     diagonal = 2 * TILES.tile_s(1024, 1024) * TILES.stacked + TILES.tile_s(1024, 1024)  # two triangles and a square
     expected = 2 * (21 * TILES.tile_s(2048, 2048) + 7 * diagonal)
-    assert kernel_s(causal.work, grid, layout, causal.mask, TILES) == pytest.approx(expected)
+    assert kernel_s(causal.work, grid, layout, TILES) == pytest.approx(expected)
 
 
 def test_times_between_the_measured_sizes_follow_power_laws() -> None:
@@ -199,13 +220,13 @@ def test_threads_wait_for_the_one_with_the_most_rows() -> None:
 def test_a_run_takes_as_long_as_the_slowest_of_what_overlaps() -> None:
     wanted = request(7 * 2048)
     axis = Axis.cut(7 * 2048, 7)
-    grid = Grid.of(axis, axis, wanted.mask.keys_seen, True)
+    grid = Grid(axis, axis, wanted.mask, True)
     layout = forced(7 * 2048, "rectangular", rows_per_task=1, resident_rows=2)
     schedule = make_schedule("rectangular", grid, layout)
-    traffic = counted(wanted.work, schedule, layout, wanted.arrays, 0)
+    traffic = exactly(wanted, schedule, layout)
 
     def seconds(kernel: float, **speeds: float) -> float:
-        told = Rates(TILES, dataclasses.replace(SPEEDS, **speeds))  # type: ignore[arg-type]
+        told = Rates(TILES, dataclasses.replace(SPEEDS, **speeds))
         found = cost(wanted.work, schedule, layout, traffic, kernel, told, 60.0, traffic.fetched_bytes, 0)
         return found.seconds
 
@@ -225,36 +246,84 @@ def test_bytes_of_a_full_rectangular_plan() -> None:
     assert plan.pairs == 2 * 49
 
 
-def test_stored_chunks_come_whole() -> None:
-    stored = Stored(axis_tokens=1000, chunk_tokens=300, heads_fetched=2, row_bytes=10)
+def test_compressed_chunks_come_whole() -> None:
+    stored = Stored(axis_tokens=1000, chunk_tokens=300, heads_fetched=2, row_bytes=10, encoding="compressed")
     assert stored.fetched_bytes(range(0, 300)) == 300 * 20
     assert stored.fetched_bytes(range(299, 301)) == 600 * 20
     assert stored.fetched_bytes(range(850, 1000)) == (300 + 100) * 20
     assert stored.fetched_bytes(range(0)) == 0
+    assert dataclasses.replace(stored, first=250).fetched_bytes(range(0, 50)) == 300 * 20
 
 
-def test_chunks_with_a_checksum_come_whole_once_and_then_by_leaves() -> None:
-    stored = Stored(1000, 300, 2, row_bytes=10, encoding="checked", leaf_bytes=1000)
-    assert stored.fetched_bytes(range(0, 300)) == 3000 * 2
-    assert stored.fetched_bytes(range(99, 101)) == (1000 + 1000) * 2
-    assert stored.fetched_bytes(range(299, 301)) == (1000 + 1000) * 2
-    assert stored.rest_bytes(range(299, 301), 0) == (3000 - 1000) * 2
-    short = dataclasses.replace(stored, chunk_tokens=250)
-    assert short.fetched_bytes(range(249, 250)) == 500 * 2, "the last leaf of a chunk may be short"
+def test_chunks_with_a_checksum_come_whole_once() -> None:
+    stored = Stored(900, 300, 2, row_bytes=10, encoding="checked", heads_checked=2, heads_first=2)
+    assert stored.fetched_bytes(range(99, 101)) == 2 * 20
+    assert list(stored.chunks(range(299, 301))) == [0, 1]
+    assert stored.rest_bytes(range(299, 301), 0) == 299 * 20
+    shared = dataclasses.replace(stored, heads_checked=4)
+    assert shared.rest_bytes(range(0, 300), 0) == 300 * 20, "the other heads of the chunk come with it"
+    assert list(dataclasses.replace(stored, first=1).chunks(range(299, 301))) == [1]
+    assert list(dataclasses.replace(stored, encoding="raw").chunks(range(299, 301))) == []
 
 
 @pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
 def test_the_first_read_of_a_chunk_takes_the_rest_of_it_too(schedule: str) -> None:
     tokens, row = 7 * 4096, 256
     layout = forced(tokens, schedule, ring_slots=1, rows_per_task=3 if schedule == "cqs" else 1)
-    wanted = request(tokens, chunk=2 * 4096)
-    leafy = tuple(dataclasses.replace(a, leaf_bytes=1 << 20, axis_tokens=8 * 4096) for a in wanted.arrays)
+    wanted = request(tokens)
+    query, key, value = (
+        dataclasses.replace(
+            a, encoding="checked", chunk_tokens=2 * 4096, axis_tokens=8 * 4096, heads_checked=1, heads_first=1
+        )
+        for a in wanted.arrays
+    )
     axis = Axis.cut(tokens, 7)
-    grid = Grid.of(axis, axis, wanted.mask.keys_seen, True)
+    grid = Grid(axis, axis, wanted.mask, True)
     plain = moved(tokens, schedule, layout).fetched_bytes
-    found = counted(wanted.work, make_schedule(schedule, grid, layout), layout, leafy, 0)  # type: ignore[arg-type]
+    checked = dataclasses.replace(wanted, arrays=(query, key, value))
+    found = exactly(checked, make_schedule(schedule, grid, layout), layout)
     assert found.fetched_bytes == plain + 2 * 3 * 4 * 4096 * row, "for each of 4 chunks of each array the other half"
     assert found.checked_bytes == found.fetched_bytes
+
+
+def test_a_window_is_read_where_it_is() -> None:
+    """A window of 4 of 57 chunks: each row chunk meets its own and the 4 before it."""
+    tokens, size = 57 * 512, 512
+    wanted = request(tokens, causal=True)
+    mask = window(range(tokens), tokens, 4 * size + 1)
+    wanted = dataclasses.replace(wanted, mask=mask)
+    axis = Axis(tokens, size, 57)
+    grid = Grid(axis, axis, mask, True)
+    assert grid.pairs == 1 + 2 + 3 + 4 + 53 * 5
+    for schedule in (Cqs(grid), Rectangular(grid, 1)):
+        layout = dataclasses.replace(forced(tokens, "cqs"), rows_per_task=schedule.rows_per_task, resident_rows=57,
+                                     block_tokens=size, query_tokens=size, slot_bytes=size * 256)  # fmt: skip
+        tasks = [schedule.task(number, 0) for number in range(len(schedule))]
+        exact, guess = (
+            traffic_model.moved(wanted.work, schedule, layout, wanted.arrays, exactly=it) for it in (True, False)
+        )
+        assert exact.key_tokens == 2 * 2 * size * sum(len(task.columns) for task in tasks) // 2
+        assert exact.query_tokens == 2 * size * sum(len(task.rows) for task in tasks)
+        assert guess.key_tokens == pytest.approx(exact.key_tokens, rel=0.25)
+        assert guess.query_tokens == pytest.approx(exact.query_tokens, rel=0.25)
+    scores = tokens * (4 * size + 1) - (4 * size) * (4 * size + 1) // 2
+    assert mask.scores(range(tokens), range(tokens)) == scores
+    plan = make_plan(wanted, MACHINE)
+    assert plan.schedule == "rectangular", "under a window the tasks of CQS are not equal"
+
+
+def test_a_layout_that_was_used_is_used_again_while_it_fits() -> None:
+    first = make_plan(request(50_000, causal=True), MACHINE)
+    begun = dataclasses.replace(request(50_000, causal=True), grid=first.grid, out_tokens=first.layout.out_tokens)
+    fixed = dataclasses.replace(begun, fixed=(first.schedule, first.layout))
+    slow = dataclasses.replace(SPEEDS, read_bytes_per_s=1e6, block_s=1.0)
+    other = dataclasses.replace(allowed(2**40), rates=Rates(TILES.scaled(9), slow), tile=Tile(2_048, 2_048, 512, 256))
+    again = make_plan(fixed, other)
+    assert (again.schedule, again.layout) == (first.schedule, first.layout)
+    assert make_plan(begun, other).layout != first.layout
+    tight = make_plan(fixed, allowed(make_plan(begun, MACHINE).least.host_bytes))
+    assert tight.fits
+    assert tight.layout != first.layout
 
 
 def test_equal_prices_go_to_cqs_and_spills_to_rectangular() -> None:
@@ -354,7 +423,7 @@ def test_checkpoints_are_no_more_than_there_are_moments_for_them() -> None:
         make_plan(dataclasses.replace(request(7000, causal=True), checkpoint_every_s=every, chunks=7), MACHINE)
         for every in (0.0, 1e-9, 60.0)
     ]
-    steps = 2 * sum(len(plan_task.steps) for plan_task in Rectangular(plans[0].grid, 7).tasks(0))
+    steps = 2 * len(Rectangular(plans[0].grid, 7).task(0, 0).steps)
     assert plans[0].cost.checkpoints == plans[1].cost.checkpoints >= steps
     assert plans[2].cost.checkpoints == 0
     assert plans[0].cost.bytes_written > plans[2].cost.bytes_written

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cqsa_stream.errors import BudgetError, FullDiskError
-from cqsa_stream.observers import side_by_side
+from cqsa_stream.observers.lines import side_by_side
 from cqsa_stream.planning import refuse_what_is_not_there
 from cqsa_stream.schedulers.search import make_plan
 from cqsa_stream.storage.output import create_array, write

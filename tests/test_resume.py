@@ -199,25 +199,40 @@ def test_a_torn_event_log_loses_one_line(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(cli("status", "out.run", "--json").stdout)["sessions"] == 2
 
 
-def test_a_damaged_manifest_is_told_and_restored(cli: Cli, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_state_is_a_warning_and_a_new_plan(
+    cli: Cli, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert cli("generate", "d", "--tokens", 500, "--heads", 1, "--head-dim", 32).returncode == 0
-    assert cli("run", *QKV, "out").returncode == 0
-    for name in ("run.json", "run.copy.json"):
-        manifest = tmp_path / "out.run" / name
-        whole = manifest.read_bytes()
-        manifest.write_bytes(whole[:-40])
+    for damage in ("cut", "gone", "forged", "endless"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert cli("run", *QKV, "out", "--max-seconds", 0, "--fresh", "--chunks", 7).returncode == 3
+        state = tmp_path / "out.run/state.json"
+        whole = state.read_bytes()
+        state.unlink()
+        if damage != "gone":
+            data = {"cut": whole[:-40], "forged": b'{"format": 1}', "endless": b"[" * 500_000}
+            state.write_bytes(data[damage])
+        caplog.clear()
         assert cli("run", *QKV, "out").returncode == 0
-        assert manifest.read_bytes() == whole
-    assert "run.json: damaged" in caplog.text
+        assert "state.json: damaged or missing" in caplog.text
+        assert set(json.loads(state.read_bytes())) == set(json.loads(whole)), "it is written again"
+        assert json.loads(cli("verify", "out.run", "--json").stdout)["ok"]
 
 
-def test_a_manifest_damaged_with_its_copy_is_told_and_fresh_starts_anew(cli: Cli, tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_told_and_fresh_starts_anew(cli: Cli, tmp_path: Path) -> None:
     assert cli("generate", "d", "--tokens", 500, "--heads", 1, "--head-dim", 32).returncode == 0
     assert cli("run", *QKV, "out").returncode == 0
-    for name in ("run.json", "run.copy.json"):
-        manifest = tmp_path / "out.run" / name
-        manifest.write_bytes(manifest.read_bytes()[:-40])
-    assert cli("run", *QKV, "out").returncode == 2
+    manifest = tmp_path / "out.run/run.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:-40])
+    for command in (("run", *QKV, "out"), ("status", "out.run"), ("verify", "out.run")):
+        found = cli(*command)
+        assert found.returncode == 2
+        assert "run.json: unreadable" in found.stderr
+        assert "--fresh" in found.stderr
     assert cli("run", *QKV, "out", "--fresh").returncode == 2, "it cannot tell any more whose output this is"
+    manifest.write_bytes(whole)
+    assert cli("run", *QKV, "out").returncode == 0
+    manifest.write_bytes(whole[:-40])
     shutil.rmtree(tmp_path / "out")
     assert cli("run", *QKV, "out", "--fresh").returncode == 0

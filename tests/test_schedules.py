@@ -7,21 +7,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cqsa_stream.schedulers.cqs import Cqs, gaps, strides
 from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.masks.bands import mask_of
+from cqsa_stream.schedulers.masks.bands import Mask
+from cqsa_stream.schedulers.masks.causal import causal as causal_mask
+from cqsa_stream.schedulers.masks.full import full as full_mask
+from cqsa_stream.schedulers.masks.window import window
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
-from cqsa_stream.schedulers.schedules import NEVER, Cqs, Rectangular, Schedule, gaps, strides
+from cqsa_stream.schedulers.rectangular import Rectangular
+from cqsa_stream.schedulers.tasks import NEVER, Schedule, Task
 
 SINGER = list(takewhile(lambda c: c <= 307, singer_numbers()))
 
 
+def mask_of(causal: bool, keys: int, q_start: int, queries: int) -> Mask:
+    positions = range(q_start, q_start + queries)
+    return (causal_mask if causal else full_mask)(positions, keys).shifted(-q_start, 0)
+
+
 def square(tokens: int, chunks: int, causal: bool) -> Grid:
     axis = Axis.cut(tokens, chunks)
-    return Grid.of(axis, axis, mask_of(causal, tokens, 0).keys_seen, True)
+    return Grid(axis, axis, mask_of(causal, tokens, 0, tokens), True)
 
 
 def pairs(schedule: Schedule) -> Counter[tuple[int, int]]:
-    tasks = list(schedule.tasks(3))
+    tasks = [schedule.task(number, 3) for number in range(len(schedule))]
     assert len(tasks) == len(schedule)
     for task in tasks:
         assert task.lane == 3
@@ -30,8 +40,12 @@ def pairs(schedule: Schedule) -> Counter[tuple[int, int]]:
     return Counter(pair for task in tasks for pair in task.pairs)
 
 
+def tasks_of(schedule: Schedule) -> list[Task]:
+    return [schedule.task(number, 0) for number in range(len(schedule))]
+
+
 def needed(grid: Grid) -> Counter[tuple[int, int]]:
-    return Counter((a, b) for a, columns in enumerate(grid.needed) for b in columns)
+    return Counter((a, b) for a in range(grid.rows.chunks) for b in grid.needed(a))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -50,8 +64,8 @@ def test_rectangular_covers_every_needed_pair_once(
     chunks: int, queries: int, keys: int, q_start: int, causal: bool, block: int, columns: int
 ) -> None:
     """Query slices and Nq != Nk are the same thing to a schedule: rows that stand somewhere along the keys."""
-    mask = mask_of(causal, keys, q_start)
-    grid = Grid.of(Axis.cut(queries, chunks), Axis.cut(keys, columns), mask.keys_seen, False)
+    mask = mask_of(causal, keys, q_start, queries)
+    grid = Grid(Axis.cut(queries, chunks), Axis.cut(keys, columns), mask, False)
     assert pairs(Rectangular(grid, block)) == needed(grid)
 
 
@@ -64,18 +78,18 @@ def test_rectangular_for_every_number_of_chunks(causal: bool) -> None:
 
 def test_needed_pairs_are_those_with_a_visible_score() -> None:
     grid = square(100, 7, True)
-    assert [len(columns) for columns in grid.needed] == [1, 2, 3, 4, 5, 6, 7]
+    assert [len(grid.needed(a)) for a in range(7)] == [1, 2, 3, 4, 5, 6, 7]
     assert grid.pairs == 1 + 2 + 3 + 4 + 5 + 6 + 7
     assert square(100, 7, False).pairs == 49
 
 
 def test_causal_cqs_tasks_are_equally_long() -> None:
-    lengths = {sum(1 for _ in task.pairs) for task in Cqs(square(57 * 8, 57, True)).tasks(0)}
+    lengths = {sum(1 for _ in task.pairs) for task in tasks_of(Cqs(square(57 * 8, 57, True)))}
     assert lengths == {8 * 7 // 2 + 1}
 
 
 def test_cqs_refuses_other_positions() -> None:
-    grid = Grid.of(Axis.cut(10, 7), Axis.cut(20, 7), mask_of(False, 20, 0).keys_seen, False)
+    grid = Grid(Axis.cut(10, 7), Axis.cut(20, 7), mask_of(False, 20, 0, 10), False)
     with pytest.raises(ValueError, match="same positions"):
         Cqs(grid)
 
@@ -84,7 +98,9 @@ def test_cqs_refuses_other_positions() -> None:
 def test_what_is_covered_is_left_out(chunks: int, causal: bool, data: st.DataObject) -> None:
     grid = square(chunks * 2, chunks, causal)
     covers = {a: data.draw(st.integers(0, (1 << chunks) - 1)) & grid.complete_cover(a) for a in range(chunks)}
-    left = Counter(pair for task in Cqs(grid).tasks(0) for pair in task.without(covers).pairs)
+    left = Counter(
+        pair for task in tasks_of(Cqs(grid)) for pair in task.only(lambda a, b: not covers[a] >> b & 1).pairs
+    )
     assert left == Counter({(a, b): 1 for a, b in needed(grid) if not covers[a] >> b & 1})
 
 
@@ -93,7 +109,7 @@ def test_next_use_is_the_next_task_with_the_chunk(chunks: int, block: int, causa
     grid = square(chunks, chunks, causal)
     stride = data.draw(st.sampled_from(strides(chunks)))
     for schedule in (Cqs(grid, stride), Rectangular(grid, block)):
-        tasks = list(schedule.tasks(0))
+        tasks = tasks_of(schedule)
         for chunk in range(0, chunks, 3):
             for after in range(0, len(schedule), 4):
                 rows = [i for i, task in enumerate(tasks) if chunk in task.rows and i > after]
@@ -117,17 +133,30 @@ def test_every_stride_is_an_order_of_the_same_quorums(chunks: int) -> None:
     assert strides(chunks)[0] == 1
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_loads_count_the_tasks_that_hold_a_chunk(causal: bool) -> None:
-    grid = square(57 * 4 - 30, 57, causal)
-    for schedule in (Cqs(grid), Rectangular(grid, 5)):
-        rows = Counter(row for task in schedule.tasks(0) for row in task.rows)
-        columns = Counter(column for task in schedule.tasks(0) for column in task.columns)
-        found = schedule.loads()
-        if schedule.name == "rectangular":
-            assert found == ([rows[i] for i in range(57)], [columns[i] for i in range(57)])
-        assert sum(found[0]) == pytest.approx(rows.total(), rel=0.05)
-        assert sum(found[1]) == pytest.approx(columns.total(), rel=0.05)
+@given(st.integers(1, 60), st.integers(1, 300), st.integers(1, 300), st.integers(1, 80), st.integers(1, 9), st.data())
+def test_windows_are_covered_and_their_chunks_come_back_when_they_should(
+    chunks: int, queries: int, keys: int, width: int, block: int, data: st.DataObject
+) -> None:
+    q_start = data.draw(st.integers(-20, keys))
+    mask = window(range(q_start, q_start + queries), keys, width).shifted(-q_start, 0)
+    grid = Grid(Axis.cut(queries, chunks), Axis.cut(keys, 11), mask, False)
+    schedule = Rectangular(grid, block)
+    assert pairs(schedule) == needed(grid)
+    tasks = tasks_of(schedule)
+    for column in range(11):
+        assert set(grid.needing(column)) == {a for a in range(chunks) if column in grid.needed(a)}
+        for after in range(len(schedule)):
+            later = [task.number for task in tasks if column in task.columns and task.number > after]
+            assert schedule.next_column(column, after) == min(later, default=NEVER)
+
+
+@pytest.mark.parametrize("chunks", SINGER[:6])
+@pytest.mark.parametrize("width", [1, 2, 7, 50, 10_000])
+def test_cqs_covers_windows(chunks: int, width: int) -> None:
+    tokens = chunks * 5 - 3
+    axis = Axis.cut(tokens, chunks)
+    grid = Grid(axis, axis, window(range(tokens), tokens, width), True)
+    assert pairs(Cqs(grid)) == needed(grid)
 
 
 @given(st.integers(1, 10**9), st.integers(1, 2000))

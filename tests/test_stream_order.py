@@ -6,6 +6,7 @@ may be overwritten while it may still be read, and nothing be read before it is 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 from cqsa_stream.engine.calls import Calls
+from cqsa_stream.engine.leaving import outbox_for
 from cqsa_stream.engine.staging import Stage
-from cqsa_stream.kernels.fold import Partial
+from cqsa_stream.kernels.contract import Abilities
+from cqsa_stream.machine.device import Cuda
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis
-from cqsa_stream.schedulers.masks.bands import Call
-from cqsa_stream.schedulers.model.memory import Layout, Tile
+from cqsa_stream.schedulers.masks.calls import Call, Tile
+from cqsa_stream.schedulers.model.memory import Layout
+from cqsa_stream.schedulers.operands import Field, Sum
 
 
 class Stream:
@@ -29,18 +33,20 @@ class Stream:
         self.before |= other.before
 
     def wait_event(self, event: "Event") -> None:
-        self.before |= event.before
+        event.wait(self)
 
 
 class Event:
     def record(self) -> None:
         self.before = set(Device.current.before)
 
+    def wait(self, stream: Stream) -> None:
+        stream.before |= self.before
+
 
 class Device:
     """Stands in for a CUDA device; what is allocated on it lies in host memory."""
 
-    type = "cuda"
     current = Stream()
 
     def __init__(self) -> None:
@@ -63,7 +69,9 @@ class Device:
         assert self.read.get(place.data_ptr(), set()) <= before, "overwritten while a kernel may read it"
         self.written[place.data_ptr()], self.read[place.data_ptr()] = number, set()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: str, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         tile = self.last_of_stream.get(self.current)
         number, before = self.happens()
         for place in (q, k, v):
@@ -81,13 +89,9 @@ class Device:
 
 
 class Kernel:
-    name, tile, score_bytes, score_columns, workspace_bytes = "fake", Tile(8, 8, 8), 0, 0, 0
-
     def __init__(self, device: Device, at_a_time: int) -> None:
-        self.at_a_time, self.attend = at_a_time, device.attend
-
-    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        return stored
+        self.abilities = Abilities((torch.float32,), Tile(8, 8, 8, 8), calls_at_a_time=at_a_time)
+        self.attend = device.attend
 
 
 class Piece:
@@ -137,11 +141,13 @@ def test_nothing_is_overwritten_early_or_read_early(device: Any, query_places: i
     problem = Problem.of(shape, shape, shape)
     layout = Layout(
         rows_per_task=2, query_places=query_places, resident_rows=2, block_tokens=8, query_tokens=8, slot_bytes=4096,
-        ring_slots=4, cache_slots=0, tile=Tile(8, 8, 8), out_tokens=8,
+        ring_slots=4, cache_slots=0, tile=Tile(8, 8, 8, 8), out_tokens=8,
     )  # fmt: skip
-    calls = Calls(Kernel(device, at_a_time), device.fold, 1.0, device)
-    stage = Stage(problem, Axis(64, 8, 8), layout, device, torch.float32, 1.0, calls.streams)
-    partial = Partial(torch.zeros(1, 8, 4), torch.zeros(1, 8))
+    there = Cuda(torch.device("cuda"))
+    calls = Calls(Kernel(device, at_a_time), device.fold, 1.0, there)
+    operation = type("Reader", (), {"compute_dtype": torch.float32, "row_factor": 1.0, "readers": calls.streams})()
+    stage = Stage(problem, Axis(64, 8, 8), layout, there, operation)
+    partial = torch.zeros(1, 8, 4), torch.zeros(1, 8)
     for _task in range(4):
         queries = {}
         for row in range(2):
@@ -150,9 +156,31 @@ def test_nothing_is_overwritten_early_or_read_early(device: Any, query_places: i
         for column in range(5):
             key, value = stage.block(Piece(8), Piece(8))  # type: ignore[arg-type]
             for row in range(2) if column < 3 else [1]:
-                calls.attend(partial, queries[row], key, value, Call(range(8), range(8), "full"))
+                calls.attend(partial, queries[row], key, value, Call(range(8), range(8)))
             stage.done()
             for row in [0] if column == 2 else [1] if column == 4 else []:
                 stage.end_row(row)
     assert len(device.merged) == 4 * (3 * 2 + 2)
     assert len({id(stream) for stream in device.last_of_stream}) == at_a_time
+
+
+def test_a_row_leaves_when_it_is_merged_and_then_frees_its_place(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cqsa_stream.engine.leaving.PageLock", lambda *_: SimpleNamespace(wait=lambda _place: None))
+    lse, out = Field("lse", 1, 0, "float64", 8, "float32", 4, 0.0), Field("out", 1, 4, "float32", 4, "float16", 2, 0.0)
+    sum_ = Sum("rows", (lse, out))
+    box = outbox_for(Cuda(torch.device("cuda")), sum_, 4, 1)
+    assert not box.in_place
+    merged, _ = device.happens()
+    freed: list[Any] = []
+    fields = torch.ones(1, 4).double(), torch.full((1, 4, 4), 1.0001)
+    left: Any = box.take(fields, sum_, freed.append)
+    assert box.full
+    assert torch.equal(left.fields[1], torch.ones(1, 4, 4, dtype=torch.float16))
+    assert torch.equal(left.fields[0], torch.ones(1, 4))
+    assert len(freed) == 1
+    assert merged in freed[0].before
+    assert merged in left.copied.before
+    assert not Device.current.before - {merged}, "the stream that computes waits for nothing"
+    left.release()
+    assert not box.full
+    assert len(freed) == 1

@@ -15,7 +15,7 @@ from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.fingerprint import fingerprint
 from cqsa_stream.storage.open import TokenArray, open_array
-from cqsa_stream.storage.readers import token_major
+from cqsa_stream.storage.readers import ranges, token_major
 from cqsa_stream.storage.readers.plain import RawArray
 from cqsa_stream.storage.readers.ranges import PAGE
 from cqsa_stream.storage.readers.tensorstore import TensorStoreArray
@@ -131,13 +131,12 @@ def test_files_are_read_in_slabs(
 
 def test_a_slab_is_never_longer_than_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lent: list[int] = []
-    lend = token_major._memory
 
-    def watched(size: int) -> AbstractContextManager[np.ndarray]:
+    def watched(spare: list[np.ndarray], size: int) -> AbstractContextManager[np.ndarray]:
         lent.append(size)
-        return lend(size)
+        return ranges.lent(spare, size)
 
-    monkeypatch.setattr(token_major, "_memory", watched)
+    monkeypatch.setattr(token_major, "lent", watched)
     monkeypatch.setattr(token_major, "_SLAB_BYTES", 10_000)
     array = open_array(plain(tmp_path, values_of()), layout="bthd")
     for in_flight in (1, 2, 3):

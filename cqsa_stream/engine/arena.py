@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cqsa_stream.errors import NoMemoryError
+from cqsa_stream.machine.device import Device
 from cqsa_stream.storage.readers.ranges import PAGE
 
 __all__ = ["PageLock", "in_pages", "pages"]
@@ -30,48 +31,44 @@ def pages(size: int) -> Tensor:
 
 
 class PageLock:
-    """Locks places of memory ``[places, bytes]``, each whole pages, while inside; does nothing for the CPU."""
+    """Locks places of memory ``[places, bytes]``, each whole pages, while inside, for a device that copies itself."""
 
-    def __init__(self, memory: Tensor, device: torch.device) -> None:
+    def __init__(self, memory: Tensor, device: Device) -> None:
         self._memory, self._device = memory, device
         self._pieces: list[int] = []
         self._locked = 0
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._closing = False
-        wanted = device.type == "cuda" and memory.numel() > 0
-        self._thread = threading.Thread(target=self._lock, name="cqsa-lock", daemon=True) if wanted else None
+        self._thread = threading.Thread(target=self._lock, name="cqsa-lock", daemon=True)
 
     def __enter__(self) -> "PageLock":
-        if self._thread is not None:
-            self._thread.start()
+        self._thread.start()
         return self
 
     def wait(self, place: int) -> None:
         """Wait until a place is locked. Raises NoMemoryError where it cannot be."""
-        if self._thread is None or place < self._locked:
-            return
         with self._changed:
             self._changed.wait_for(lambda: place < self._locked or self._error is not None)
         if place >= self._locked and self._error is not None:
             raise self._error
 
     def __exit__(self, *_: object) -> None:
-        if self._thread is None or self._thread.ident is None:
+        if self._thread.ident is None:
             return
         self._closing = True
         self._thread.join()
-        torch.cuda.synchronize(self._device)
-        with torch.cuda.device(self._device):
+        self._device.synchronize()
+        with self._device.current():
             for address in self._pieces:
-                torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+                self._device.unlock(address)
         self._pieces = []
 
     def _lock(self) -> None:
         places, size = self._memory.shape
         count, most = max(1, _FIRST_BYTES // size), max(1, _MOST_BYTES // size)
         try:
-            with torch.cuda.device(self._device):
+            with self._device.current():
                 while self._locked < places and not self._closing:
                     piece = self._memory[self._locked : self._locked + count]
                     self._register(piece.data_ptr(), piece.numel())
@@ -85,8 +82,7 @@ class PageLock:
                 self._changed.notify_all()
 
     def _register(self, address: int, size: int) -> None:
-        status = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))  # type: ignore[no-untyped-call]
-        if status:
+        if status := self._device.lock(address, size):
             raise NoMemoryError(
                 f"page-locking {size / 2**20:.0f} MiB of host memory failed (CUDA error {status}): take a smaller "
                 "host_memory, or allow more locked memory (ulimit -l)"

@@ -2,58 +2,50 @@
 
 On CUDA two streams take turns at calls of the vendor's kernels: the last thread blocks of one leave multiprocessors
 idle, which the first ones of the next fill. The tiles are merged on the current stream, one after another, so the order
-of the arithmetic does not depend on which call ends first. Elsewhere a call is merged before the next begins.
+of the arithmetic does not depend on which call ends first. Other kernels' calls go one after another.
 """
 
-import torch
 from torch import Tensor
 
-from cqsa_stream.kernels.choose import Fold, Kernel
-from cqsa_stream.kernels.fold import Partial
-from cqsa_stream.machine.streams import mark, new_stream, waited_for
-from cqsa_stream.machine.tracing import span
-from cqsa_stream.schedulers.masks.bands import Call
+from cqsa_stream.kernels.contract import Fold, Kernel
+from cqsa_stream.machine.device import DONE, Device, Event
+from cqsa_stream.schedulers.masks.calls import Call
 
 __all__ = ["Calls"]
 
 
 class Calls:
-    """Attends with one kernel on one device. ``streams``: those on which it reads what it is given; none on the CPU."""
+    """Attends with one kernel on one device. ``streams``: those on which it reads what it is given."""
 
-    def __init__(self, kernel: Kernel, fold: Fold, scale: float, device: torch.device) -> None:
-        self._kernel, self._fold, self._scale = kernel, fold, scale
-        self.streams: tuple[torch.cuda.Stream, ...] = ()
-        if device.type == "cuda":
-            alone = kernel.at_a_time == 1
-            own = [new_stream(device) for _ in range(0 if alone else kernel.at_a_time)]
-            self.streams = tuple(own) or (torch.cuda.current_stream(device),)
-        self._merged: list[torch.cuda.Event | None] = [None] * len(self.streams)
+    def __init__(self, kernel: Kernel, fold: Fold, scale: float, device: Device) -> None:
+        self._kernel, self._fold, self._scale, self._device = kernel, fold, scale, device
+        count = kernel.abilities.calls_at_a_time
+        alone = (device.current_stream(),)
+        self.streams = alone if count == 1 else tuple(device.new_stream() for _ in range(count))
+        self._merged: list[Event] = [DONE] * count
         self._turn = 0
 
-    def attend(self, partial: Partial, queries: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
-        """Merge ``queries`` over ``key`` and ``value`` into the partial of the same rows."""
-        if len(self.streams) < 2:
-            self._fold(partial.out, partial.lse, *self._tile(queries, key, value, call))
-            return
+    def attend(self, partial: tuple[Tensor, Tensor], queries: Tensor, key: Tensor, value: Tensor, call: Call) -> None:
+        """Merge ``queries`` over ``key`` and ``value``, those of the call's reach, into the partial of their rows."""
         turn, stream = self._turn, self.streams[self._turn]
-        if (merged := self._merged[turn]) is not None:
-            stream.wait_event(merged)  # the memory of this stream's last tile is free again
-        with torch.cuda.stream(stream), span("attend"):
+        stream.wait_event(self._merged[turn])  # the memory of this stream's last tile is free again
+        with self._device.on(stream):
             tile = self._tile(queries, key, value, call)
-        waited_for(stream)
-        with span("merge"):
-            self._fold(partial.out, partial.lse, *tile)
-        self._merged[turn] = mark()
+        self._device.current_stream().wait_stream(stream)
+        self._fold(*partial, *tile)
+        self._merged[turn] = self._device.mark()
         self._turn = (turn + 1) % len(self.streams)
 
     def _tile(self, queries: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """Run the kernel; several tiles along the diagonal go in as so many heads, and come back as rows."""
+        """Run the kernel; several tiles go in as so many heads, and come back as rows.
+
+        Keys and values of one K/V head are not copied for it: they are views, which overlap where tiles share keys.
+        """
         if call.tiles == 1:
-            return self._kernel.attend(queries, key, value, call.mask, self._scale)
+            return self._kernel.attend(queries, key, value, call.left, call.right, self._scale)
         heads, rows, n = *queries.shape[:2], call.tiles
-        query, key, value = (
-            x.reshape(x.shape[0], n, -1, x.shape[2]).transpose(0, 1).flatten(0, 1) for x in (queries, key, value)
-        )
-        out, lse = self._kernel.attend(query, key, value, call.mask, self._scale)
+        query = queries.reshape(heads, n, rows // n, -1).transpose(0, 1).flatten(0, 1)
+        key, value = (x.unfold(1, len(call.columns), rows // n).permute(1, 0, 3, 2).flatten(0, 1) for x in (key, value))
+        out, lse = self._kernel.attend(query, key, value, call.left, call.right, self._scale)
         out = out.reshape(n, heads, rows // n, -1).transpose(0, 1).reshape(heads, rows, -1)
         return out, lse.reshape(n, heads, rows // n).transpose(0, 1).reshape(heads, rows)

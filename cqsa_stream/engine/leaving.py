@@ -1,36 +1,91 @@
-"""Complete rows on their way from a CUDA device to disk: rounded to the output's dtype, and copied to page-locked
-memory on a stream of their own.
+"""Complete chunks of sums on their way from a device with memory of its own to disk.
 
-A row's place on the device is free for the next as soon as it is rounded; the stream that computes waits for that
-moment, this process does not. On the CPU rows leave from where they are, and there is no outbox.
+They are rounded to the output's dtypes, and copied to page-locked memory on a stream of their own.
+
+A chunk's place on the device is free for the next as soon as it is rounded; the stream that computes waits for that
+moment, this process does not. Where the host's memory is the device's, chunks leave from where they are.
 """
 
+import math
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cqsa_stream.engine.arena import PageLock, in_pages, pages
-from cqsa_stream.kernels.fold import Partial
-from cqsa_stream.machine.streams import mark, new_stream
+from cqsa_stream.engine.operation import Fields
+from cqsa_stream.machine.device import DONE, Device, Event
+from cqsa_stream.schedulers.operands import Sum
 
-__all__ = ["Outbox"]
+__all__ = ["Left", "Outbox", "outbox_for"]
+
+Free = Callable[[Event], None]
+"""Lets a place on the device be filled again once an event has happened."""
 
 
-class Outbox:
-    """Places in page-locked memory for rows that leave; a context manager."""
+@dataclass(frozen=True)
+class Left:
+    """A chunk that left: its fields in host memory, whole once ``copied``; ``release`` when they are written."""
 
-    def __init__(self, device: torch.device, places: int, numbers: int, rows: int, dtype: torch.dtype) -> None:
-        """Make places for ``rows`` rows of ``numbers`` numbers of the output's dtype in all, and their lse, float32."""
-        size = in_pages(numbers * dtype.itemsize) + in_pages(4 * rows)
-        memory = pages(places * size).view(places, size)
-        self._host = [_parts(place, numbers, dtype) for place in memory]
-        self._rounded = _parts(torch.empty(size, dtype=torch.uint8, device=device), numbers, dtype)
-        self._device, self._stream = device, new_stream(device)
+    fields: Fields
+    copied: Event
+    release: Callable[[], None]
+
+
+class Outbox(Protocol):
+    """Takes complete chunks; a context manager. ``in_place``: they keep their places until they are written."""
+
+    in_place: bool
+
+    @property
+    def full(self) -> bool:
+        """Whether a chunk must be released before the next can be taken."""
+
+    def take(self, fields: Fields, sum_: Sum, free: Free) -> Left:
+        """Begin to copy a chunk as the current stream leaves it."""
+
+    def __enter__(self) -> "Outbox": ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+def outbox_for(device: Device, sum_: Sum, tokens: int, places: int) -> Outbox:
+    """Return the outbox for chunks of so many tokens of a sum."""
+    return _Copying(device, sum_, tokens, places) if device.habits.own_memory else _InPlace()
+
+
+class _InPlace:
+    """Chunks leave from where they are."""
+
+    in_place, full = True, False
+
+    def take(self, fields: Fields, sum_: Sum, free: Free) -> Left:
+        return Left(fields, DONE, lambda: free(DONE))
+
+    def __enter__(self) -> "_InPlace":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is held."""
+
+
+class _Copying:
+    """Places in page-locked memory."""
+
+    in_place = False
+
+    def __init__(self, device: Device, sum_: Sum, tokens: int, places: int) -> None:
+        self._sizes = [in_pages(field.numbers * tokens * field.left_itemsize) for field in sum_.fields]
+        size = sum(self._sizes)
+        self._host = pages(places * size).view(places, size)
+        self._rounded = torch.empty(size, dtype=torch.uint8, device=device.torch)
+        self._device, self._stream = device, device.new_stream()
         self._free = deque(range(places))
-        self._lock = PageLock(memory, device)
+        self._lock = PageLock(self._host, device)
 
-    def __enter__(self) -> "Outbox":
+    def __enter__(self) -> "_Copying":
         self._lock.__enter__()
         return self
 
@@ -41,36 +96,25 @@ class Outbox:
     def full(self) -> bool:
         return not self._free
 
-    def take(self, partial: Partial) -> tuple[int, Partial, torch.cuda.Event, torch.cuda.Event]:
-        """Begin to copy a row as the current stream leaves it.
-
-        Return its place, the copy, when its place on the device is free, and when the copy is whole.
-        """
+    def take(self, fields: Fields, sum_: Sum, free: Free) -> Left:
         place = self._free.popleft()
         self._lock.wait(place)
-        host, rounded = (
-            Partial(_like(it[0], partial.out), _like(it[1], partial.lse)) for it in (self._host[place], self._rounded)
+        host, rounded = (self._fields(memory, fields, sum_) for memory in (self._host[place], self._rounded))
+        self._stream.wait_stream(self._device.current_stream())
+        with self._device.on(self._stream):
+            for target, source in zip(rounded, fields, strict=True):
+                target.copy_(source)
+            left = self._device.mark()
+            for target, source in zip(host, rounded, strict=True):
+                target.copy_(source, non_blocking=True)
+            copied = self._device.mark()
+        free(left)
+        return Left(host, copied, lambda: self._free.append(place))
+
+    def _fields(self, memory: Tensor, like: Fields, sum_: Sum) -> Fields:
+        """Return the fields of a place, in the output's dtypes."""
+        parts = memory.split(self._sizes)  # type: ignore[no-untyped-call]
+        return tuple(
+            part.view(getattr(torch, field.left_dtype))[: math.prod(it.shape)].view(it.shape)
+            for part, field, it in zip(parts, sum_.fields, like, strict=True)
         )
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            rounded.out.copy_(partial.out)
-            rounded.lse.copy_(partial.lse)
-            left = mark()
-            host.out.copy_(rounded.out, non_blocking=True)
-            host.lse.copy_(rounded.lse, non_blocking=True)
-            copied = mark()
-        return place, host, left, copied
-
-    def free(self, place: int) -> None:
-        """Say that a place's row is written."""
-        self._free.append(place)
-
-
-def _parts(place: Tensor, numbers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the output's numbers and the lse of a place."""
-    out_bytes = in_pages(numbers * dtype.itemsize)
-    return place[:out_bytes].view(dtype), place[out_bytes:].view(torch.float32)
-
-
-def _like(memory: Tensor, values: Tensor) -> Tensor:
-    return memory[: values.numel()].view(values.shape)

@@ -1,145 +1,134 @@
-"""The engine: the one inner loop that every schedule, device and resume goes through.
+"""The engine: the one inner loop that every operation, schedule, device and resume goes through.
 
-For each task: hold the rows' queries and partials on the device, stream the columns' keys and values past them in
-blocks, attend, merge. Between two columns every partial in memory covers whole pairs: there a run can checkpoint,
-finish rows and stop. Which calls a pair takes, and in which order a row meets its columns, depends on the plan alone
-and not on what was done before: a resumed run repeats the same arithmetic bit for bit.
+For each task: hold the rows' streams and partials on the device, stream the columns past them in blocks, add. Between
+two columns every partial in memory covers whole pairs: there a run can checkpoint, finish chunks and stop. Which calls
+a pair takes, and in which order a row meets its columns, depends on the plan alone and not on what was done before: a
+resumed run repeats the same arithmetic bit for bit.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 
-from cqsa_stream.engine.accumulators import HeldRows
-from cqsa_stream.engine.calls import Calls
-from cqsa_stream.engine.leaving import Outbox
-from cqsa_stream.engine.meter import Meter
+from cqsa_stream.engine.accumulators import Accumulators
+from cqsa_stream.engine.finishing import Finishing
+from cqsa_stream.engine.job import Job
+from cqsa_stream.engine.leaving import outbox_for
+from cqsa_stream.engine.merging import merge_shares
+from cqsa_stream.engine.operation import Fields, Side
 from cqsa_stream.engine.prefetch import Prefetcher, Read
-from cqsa_stream.engine.sinks import Sink
 from cqsa_stream.engine.staging import Stage
 from cqsa_stream.errors import RunStopped
-from cqsa_stream.events import Checkpointed, Observer, Progressed
-from cqsa_stream.kernels.choose import Fold, Kernel
-from cqsa_stream.kernels.fold import Partial
-from cqsa_stream.problem import Problem
-from cqsa_stream.schedulers.model.memory import WRITERS
-from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.schedulers.residency import Fetch, fetches, pieces
-from cqsa_stream.schedulers.schedules import Task
-from cqsa_stream.schedulers.search import make_schedule
-from cqsa_stream.storage.open import TokenArray
-from cqsa_stream.storage.partials import PartialStore
+from cqsa_stream.events import Checkpointed, Progressed
+from cqsa_stream.schedulers.model.traffic import Fetch, fetches
+from cqsa_stream.schedulers.operands import STREAMS
+from cqsa_stream.schedulers.residency import pieces
+from cqsa_stream.schedulers.schedules import make_schedule
+from cqsa_stream.schedulers.tasks import Task
 
 __all__ = ["Engine", "Job"]
 
 _REPORT_EVERY_S = 0.1
+_NOW = -1  # the use of a partial that is finished at once
 
-
-@dataclass(frozen=True)
-class Job:
-    """All that a session works with. ``stop(early_s)`` gives the reason to stop at this safe point, or None; a
-    time limit less than ``early_s`` away counts as reached."""
-
-    problem: Problem
-    plan: Plan
-    arrays: dict[str, TokenArray]
-    sink: Sink
-    store: PartialStore | None
-    device: torch.device
-    kernel: Kernel
-    fold: Fold
-    stop: Callable[[float], str | None]
-    observer: Observer
-    meter: Meter
-    checkpoint_every_s: float
-
-
-@dataclass(frozen=True)
-class _Leaving:
-    """A complete row on its way out; until it is written, it takes a place in the outbox, or its own in memory."""
-
-    lane: int
-    row: int
-    place: int
-    written: Future[None]
+Covers = list[dict[int, int | None]]
 
 
 class Engine:
-    """Runs a job to its end, or to the moment it is told to stop."""
+    """Runs the tasks of a share to their end, or to the moment it is told to stop."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.operation = job, job.operation
+        assert job.operation.streams == STREAMS, "the engine brings query by rows, key and value by columns"
         self.problem, self.plan, self.grid = job.problem, job.plan, job.plan.grid
         self.schedule = make_schedule(job.plan.schedule, self.grid, job.plan.layout)
+        self._axes = [self.grid.rows if s.axis == "rows" else self.grid.columns for s in job.operation.sums]
         self.covers = self._stored_covers()
-        scale = job.problem.scale
-        # kernels mask before they scale: only a positive scale keeps -inf
-        self.sign, scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
-        self._calls = Calls(job.kernel, job.fold, scale, job.device)
         self._last_checkpoint = self._last_safe = time.monotonic()
         self._commit_s = 0.0
         self._last_report = 0.0
-        self._leaving: deque[_Leaving] = deque()
-        self._outbox: Outbox | None = None
 
     def run(self) -> None:
-        """Compute every pair that is not covered yet. Raises RunStopped after a checkpoint, or what went wrong."""
+        """Compute every pair of the share that is not covered yet.
+
+        Raises RunStopped after a checkpoint, or what went wrong.
+        """
         while self._unfinished():
             self._pass()
             before, self.covers = self.covers, self._stored_covers()  # a partial found damaged has lost its cover
             if self._unfinished() and before == self.covers:
                 raise RuntimeError("a whole pass over the schedule computed nothing; this is a defect")
+        if self.job.share.count > 1:
+            merge_shares(self.job)
 
-    def _stored_covers(self) -> list[dict[int, int | None]]:
-        """Return, for each lane, the covers of the stored partials by row; None where the row is finished."""
-        if self.job.store is None:
-            return [dict.fromkeys(finished) for finished in self.job.meter.finished]
-        covers = self.job.store.covers()
-        self.job.meter.restart(covers)
-        return covers
+    def _stored_covers(self) -> list[Covers]:
+        """Return, for each sum, the covers of its stored partials."""
+        found = [self.job.store.covers(number) for number in range(len(self.operation.sums))]
+        self.job.meter.restart(found[0])
+        return found
 
-    def _unfinished(self) -> int:
-        return self.job.meter.rows_total - self.job.meter.rows_done
+    def _unfinished(self) -> bool:
+        """Return whether a chunk is not finished; of a part of the shares, whether a pair of this one is left."""
+        lanes = range(self.problem.lanes)
+        if self.job.share.count > 1:
+            return any(True for lane in lanes for _ in self._tasks(lane))
+        done = [sum(cover is None for lane in covers for cover in lane.values()) for covers in self.covers]
+        return any(n < self.problem.lanes * axis.filled for n, axis in zip(done, self._axes, strict=True))
 
-    def _tasks(self, lane: int) -> Iterator[tuple[int, Task]]:
-        """Yield (number, task) for what is left to do in a lane."""
-        done = {
-            row: self.grid.complete_cover(row) if cover is None else cover for row, cover in self.covers[lane].items()
-        }
-        for number, task in enumerate(self.schedule.tasks(lane)):
-            left = task.without(done)
+    def _complete(self, number: int, chunk: int) -> int:
+        """Return the cover of a complete chunk of a sum."""
+        by_rows = self.operation.sums[number].axis == "rows"
+        return self.grid.complete_cover(chunk) if by_rows else self.grid.needing(chunk).bits
+
+    def _lacks(self, number: int, lane: int, row: int, column: int) -> bool:
+        """Return whether a sum lacked a pair when this pass began."""
+        chunk, other = (row, column) if self.operation.sums[number].axis == "rows" else (column, row)
+        cover = self.covers[number][lane].get(chunk, 0)
+        return cover is not None and not cover >> other & 1
+
+    def _tasks(self, lane: int) -> Iterator[Task]:
+        """Yield the tasks of the share in a lane, with the pairs that a sum lacks."""
+        numbers = range(len(self.covers))
+        begun = any(covers[lane] for covers in self.covers)
+        for task in self.job.share.tasks(self.schedule, lane, self.problem.lanes):
+            left = (
+                task.only(lambda row, column: any(self._lacks(n, lane, row, column) for n in numbers))
+                if begun
+                else task
+            )
             if left.rows:
-                yield number, left
+                yield left
 
     def _pass(self) -> None:
-        problem, layout, device = self.problem, self.plan.layout, self.job.device
-        compute = self.job.kernel.compute_dtype(getattr(torch, problem.dtype))
-        with (
-            HeldRows(problem, self.grid, layout, device, self.job.store) as held,
-            self._new_outbox() as self._outbox,
-            ThreadPoolExecutor(WRITERS[device.type], "cqsa-finish") as self._writer,
-        ):
+        layout, device = self.plan.layout, self.job.device
+        with ExitStack() as stack:
+            self._held = [stack.enter_context(self._accumulators(number)) for number in range(len(self.covers))]
+            outbox = outbox_for(device, self.operation.sums[0], self.grid.rows.chunk_tokens, layout.leaving_rows)
+            self._finishing = stack.enter_context(Finishing(self.job, outbox))
             with Prefetcher(self._reads(), self.job.arrays, layout, device) as stream:
-                stage = Stage(problem, self.grid.rows, layout, device, compute, self.sign, self._calls.streams)
-                for lane in range(problem.lanes):
-                    held.begin_lane(lane)
-                    self._finish_complete(held, lane)
-                    for number, task in self._tasks(lane):
-                        self._run_task(number, task, held, stage, stream)
-                    held.end_lane()
-            self._settle(held, wait=True)
+                stage = Stage(self.problem, self.grid.rows, layout, device, self.operation)
+                for lane in range(self.problem.lanes):
+                    for held in self._held:
+                        held.begin_lane(lane)
+                        self._finish_complete(held)
+                    for task in self._tasks(lane):
+                        self._run_task(task, stage, stream)
+                    for held in self._held:
+                        held.end_lane()
+            self._finishing.settle(wait=True)
+
+    def _accumulators(self, number: int) -> Accumulators:
+        sum_, layout = self.operation.sums[number], self.plan.layout
+        places = (layout.resident_rows, layout.parked_rows) if sum_.axis == "rows" else (layout.resident_columns, 0)
+        return Accumulators(number, sum_, self._axes[number], places, self.job.device, self.job.store)
 
     def _reads(self) -> Iterator[Read]:
         """Yield what is read, in the order in which it is used."""
         for lane in range(self.problem.lanes):
-            for number, task in self._tasks(lane):
-                for fetch in fetches(self.schedule, number, task, self.plan.layout):
+            for task in self._tasks(lane):
+                for fetch in fetches(self.schedule, task, self.plan.layout):
                     yield self._read(lane, fetch)
 
     def _read(self, lane: int, fetch: Fetch) -> Read:
@@ -148,7 +137,7 @@ class Engine:
         tokens = range(fetch.tokens.start + first, fetch.tokens.stop + first)
         return Read(lane, fetch.array, batch, heads, tokens, fetch.next_use)
 
-    def _run_task(self, number: int, task: Task, held: HeldRows, stage: Stage, stream: Prefetcher) -> None:
+    def _run_task(self, task: Task, stage: Stage, stream: Prefetcher) -> None:
         queries: dict[int, Tensor] = {}
         last = {row: column for column, rows in task.steps for row in rows}
         for row in task.rows:
@@ -156,113 +145,97 @@ class Engine:
             queries[row] = stage.begin_row(row, len(span))
             for tokens in pieces(span, self.plan.layout.query_tokens):
                 stage.queries(next(stream), queries[row][:, tokens.start - span.start : tokens.stop - span.start])
-            self._make_room(held)
-            held.partial(row, task.rows, lambda r: self.schedule.next_row(r, number))
+            self._bring("rows", row, task.rows, self.schedule.next_row(row, task.number))
         for column, rows in task.steps:
+            self._bring("columns", column, (column,), self.schedule.next_column(column, task.number))
             for tokens in pieces(self.grid.columns.span(column), self.plan.layout.block_tokens):
-                key, value = stage.block(next(stream), next(stream))
+                block = stage.block(next(stream), next(stream))
                 for row in rows:
-                    self._attend(row, queries[row], held, tokens, key, value)
+                    at = task.lane, row, column
+                    self.operation.add(
+                        Side(
+                            self.grid.rows.span(row),
+                            (queries[row],),
+                            self._fields("rows", at, self.grid.rows.span(row)),
+                        ),
+                        Side(tokens, block, self._fields("columns", at, tokens)),
+                    )
                 stage.done()
             for row in rows:
                 if last[row] == column:
                     stage.end_row(row)
-                if held.add(row, column) == self.grid.complete_cover(row):
-                    self._finish(held, row)
-            self._safe_point(held, task.lane, column, rows)
+                self._covered(task.lane, row, column)
+            self._safe_point(column, rows)
 
-    def _attend(self, row: int, queries: Tensor, held: HeldRows, tokens: range, key: Tensor, value: Tensor) -> None:
-        """Merge the attention of a row chunk over one block of keys into the row's partial."""
-        span = self.grid.rows.span(row)
-        partial = held.partial(row, (), lambda _: 0)
-        for call in self.problem.mask.calls(span, tokens, self.plan.layout.tile):
-            rows = slice(call.rows.start - span.start, call.rows.stop - span.start)
-            columns = slice(call.columns.start - tokens.start, call.columns.stop - tokens.start)
-            part = Partial(partial.out[:, rows], partial.lse[:, rows])
-            self._calls.attend(part, queries[:, rows], key[:, columns], value[:, columns], call)
+    def _bring(self, axis: str, chunk: int, keep: tuple[int, ...], next_use: int) -> None:
+        """Bring the partials of a chunk to the device, of sums by this axis that are not finished."""
+        for held in self._held:
+            if held.sum.axis == axis and self.covers[held.number][held.lane].get(chunk, 0) is not None:
+                self._finishing.make_room(held)
+                held.bring(chunk, next_use, keep)
 
-    def _finish_complete(self, held: HeldRows, lane: int) -> None:
-        """Finish rows that need nothing more: those that see no key, and those stored complete but not yet finished."""
-        for row in range(self.grid.rows.chunks):
-            cover = self.covers[lane].get(row, 0)
-            if self.grid.rows.span(row) and cover is not None and cover == self.grid.complete_cover(row):
-                self._make_room(held)
-                if held.partial(row, (), lambda _: 0).cover == cover:
-                    self._finish(held, row)
-                else:
-                    held.free(held.retire(row)[1])
-                self._settle(held, wait=True)
+    def _fields(self, axis: str, at: tuple[int, int, int], tokens: range) -> list[Fields | None]:
+        """Return the fields of these tokens, of the sums by this axis; None of a sum that holds the pair already."""
+        chunk = at[1] if axis == "rows" else at[2]
+        found: list[Fields | None] = []
+        for held in (held for held in self._held if held.sum.axis == axis):
+            first = held.axis.span(chunk).start
+            part = slice(tokens.start - first, tokens.stop - first)
+            lacks = self._lacks(held.number, *at)
+            found.append(tuple(field[:, part] for field in held[chunk].fields) if lacks else None)
+        return found
 
-    def _finish(self, held: HeldRows, row: int) -> None:
-        """Hand a complete row to a thread that writes it while the next rows compute."""
-        partial, place = held.retire(row)
-        copied = None
-        if self._outbox is not None:
-            while self._outbox.full:
-                self._settle_first(held)
-            slot = place
-            place, partial, left, copied = self._outbox.take(partial)
-            held.free(slot, left)
-        written = self._writer.submit(self._write, held.lane, row, partial, copied)
-        self._leaving.append(_Leaving(held.lane, row, place, written))
+    def _covered(self, lane: int, row: int, column: int) -> None:
+        """Note that a pair is in all sums now, and finish the chunks that it completes."""
+        for held in self._held:
+            if not self._lacks(held.number, lane, row, column):
+                continue
+            chunk, other = (row, column) if held.sum.axis == "rows" else (column, row)
+            if held.add(chunk, other) == self._complete(held.number, chunk):
+                self._finishing.finish(held, chunk)
 
-    def _new_outbox(self) -> AbstractContextManager[Outbox | None]:
-        if self.job.device.type == "cpu":
-            return nullcontext()
-        rows = self.problem.group * self.grid.rows.chunk_tokens
-        dtype = getattr(torch, self.problem.out_dtype)
-        return Outbox(self.job.device, self.plan.layout.leaving_rows, rows * self.problem.value_dim, rows, dtype)
+    def _finish_complete(self, held: Accumulators) -> None:
+        """Finish chunks that need nothing more: those that see no other, and those stored complete but not finished."""
+        covers = self.covers[held.number][held.lane]
+        for chunk in range(held.axis.filled):
+            cover = covers.get(chunk, 0)
+            if cover is None or cover != self._complete(held.number, chunk) or (not cover and self.job.share.number):
+                continue
+            self._finishing.make_room(held)
+            if held.bring(chunk, _NOW).cover == cover:
+                self._finishing.finish(held, chunk)
+            else:
+                held.free(held.retire(chunk).slot)
+            self._finishing.settle(wait=True)
 
-    def _make_room(self, held: HeldRows) -> None:
-        """Wait for rows that leave from their own places, where another one needs a place."""
-        while held.full and self._leaving and self._outbox is None:
-            self._settle_first(held)
-
-    def _write(self, lane: int, row: int, partial: Partial, copied: torch.cuda.Event | None) -> None:
-        """Make a row's output durable, and only then replace its partial by the word that it is finished."""
-        if copied is not None:
-            copied.synchronize()  # this thread has nothing else to do
-        checksum = self.job.sink.write(lane, row, partial.out, partial.lse)
-        if self.job.store is not None:
-            self.job.store.finish(lane, row, checksum)
-
-    def _settle(self, held: HeldRows, *, wait: bool) -> None:
-        """Count the rows whose output is durable; wait for all of them, or take those that are."""
-        while self._leaving and (wait or self._leaving[0].written.done()):
-            self._settle_first(held)
-
-    def _settle_first(self, held: HeldRows) -> None:
-        leaving = self._leaving.popleft()
-        leaving.written.result()
-        if self._outbox is None:
-            held.free(leaving.place)
-        else:
-            self._outbox.free(leaving.place)
-        self.job.meter.row_finished(leaving.lane, leaving.row)
-
-    def _safe_point(self, held: HeldRows, lane: int, column: int, rows: tuple[int, ...]) -> None:
+    def _safe_point(self, column: int, rows: tuple[int, ...]) -> None:
         """Between two columns: report, checkpoint where it is due, stop where that is asked."""
-        self.job.meter.pairs_computed(rows, column)
-        self._settle(held, wait=False)
-        if time.monotonic() - self._last_report >= _REPORT_EVERY_S:
-            self._last_report = time.monotonic()
-            self.job.observer(Progressed(self.job.meter.figures()))
+        job, now = self.job, time.monotonic()
+        job.meter.pairs_computed(rows, column)
+        self._finishing.settle(wait=False)
+        if now - self._last_report >= _REPORT_EVERY_S:
+            self._last_report = now
+            job.observer(Progressed(job.meter.figures()))
         now = time.monotonic()
         step_s = now - self._last_safe
-        reason = self.job.stop(self._commit_s + step_s / 2)
-        ahead = (
-            step_s + 2 * self._commit_s
-        )  # by the next safe point it would be too late; no commit takes as long again
         self._last_safe = now
-        due = self.job.store is not None and now - self._last_checkpoint + ahead >= self.job.checkpoint_every_s
+        reason = job.stop(self._commit_s + step_s / 2)
+        ahead = step_s + 2 * self._commit_s  # the next safe point would be too late; no commit takes as long again
+        due = job.store.keeps and now - self._last_checkpoint + ahead >= job.checkpoint_every_s
         if reason or due:
-            self._settle(held, wait=True)
-        if self.job.store is not None and (reason or due):
-            start = time.monotonic()
-            count = held.commit()
-            self._last_checkpoint = self._last_safe = time.monotonic()
-            self._commit_s = self._last_checkpoint - start
-            figures = self.job.meter.figures()
-            self.job.observer(Checkpointed(self._commit_s, count, figures))
-        if reason and self._unfinished():
+            self._finishing.settle(wait=True)
+            if job.store.keeps:
+                self._checkpoint()
+        if reason and self._left():
             raise RunStopped(reason)
+
+    def _checkpoint(self) -> None:
+        start = time.monotonic()
+        count = sum(held.commit() for held in self._held)
+        self._last_checkpoint = self._last_safe = time.monotonic()
+        self._commit_s = self._last_checkpoint - start
+        self.job.observer(Checkpointed(self._commit_s, count, self.job.meter.figures()))
+
+    def _left(self) -> bool:
+        """Return whether the run is not complete, by what this engine has done."""
+        return self.job.meter.rows_done < self.job.meter.rows_total

@@ -1,20 +1,20 @@
 """Counting: what is done, how many bytes moved, how much memory was held. Bytes are counted as they move."""
 
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import psutil
-import torch
 
 from cqsa_stream.engine.sinks import Sink
+from cqsa_stream.engine.stores import Store
 from cqsa_stream.events import Figures
-from cqsa_stream.machine.driver import process_bytes
+from cqsa_stream.machine.device import Device
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Grid
-from cqsa_stream.storage.open import TokenArray
-from cqsa_stream.storage.partials import PartialStore
+from cqsa_stream.storage.contract import TokenArray
 
-__all__ = ["HostPeak", "Meter", "pair_flops"]
+__all__ = ["HostPeak", "Meter", "Progress"]
 
 
 class HostPeak:
@@ -39,114 +39,114 @@ class HostPeak:
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def pair_flops(problem: Problem, grid: Grid, row: int, columns: range) -> int:
-    """Return the floating-point operations of a row chunk against neighbouring column chunks, in one lane."""
-    if not columns:
-        return 0
-    keys = range(grid.columns.span(columns.start).start, grid.columns.span(columns.stop - 1).stop)
-    scores = problem.mask.scores(grid.rows.span(row), keys)
-    return 2 * (problem.head_dim + problem.value_dim) * problem.group * scores
+class Progress:
+    """How much of a run is done, by the covers of its rows."""
+
+    def __init__(self, problem: Problem, grid: Grid, covers: Iterable[Mapping[int, int | None]]) -> None:
+        """``covers``: for each lane, by row chunk; None where the row is finished."""
+        self._problem, self._grid = problem, grid
+        self.pairs_total = grid.pairs * problem.lanes
+        self.rows_total = grid.rows.filled * problem.lanes
+        self.pairs_done = self.rows_done = self.tokens_done = self.flops_done = 0
+        for lane in covers:
+            for row, cover in lane.items():
+                self._count(row, cover)
+
+    def _count(self, row: int, cover: int | None) -> None:
+        needed = self._grid.needed(row)
+        if cover is None:
+            self.row_finished(row)
+        if cover is None or cover == needed.bits:
+            self.pairs_done += len(needed)
+            self.flops_done += self._flops(row, self._grid.columns.all)
+            return
+        for column in (column for column in needed if cover >> column & 1):
+            self.pair_computed(row, column)
+
+    def pair_computed(self, row: int, column: int) -> int:
+        """Count a pair; return its floating-point operations."""
+        flops = self._flops(row, self._grid.columns.span(column))
+        self.pairs_done += 1
+        self.flops_done += flops
+        return flops
+
+    def row_finished(self, row: int) -> None:
+        self.rows_done += 1
+        self.tokens_done += self._problem.group * len(self._grid.rows.span(row))
+
+    def _flops(self, row: int, keys: range) -> int:
+        """Return the floating-point operations of a row chunk against some keys, in one lane."""
+        scores = self._grid.mask.scores(self._grid.rows.span(row), keys)
+        return 2 * (self._problem.head_dim + self._problem.value_dim) * self._problem.group * scores
 
 
 class Meter:
     """The figures of one session."""
 
     def __init__(
-        self,
-        problem: Problem,
-        grid: Grid,
-        arrays: dict[str, TokenArray],
-        store: PartialStore | None,
-        sink: Sink,
-        device: torch.device,
-        host: HostPeak,
+        self, problem: Problem, grid: Grid, arrays: dict[str, TokenArray], store: Store, sink: Sink, device: Device
     ) -> None:
-        self.problem, self.grid = problem, grid
-        self._store, self._sink, self._device, self._host = store, sink, device, host
+        self._problem, self._grid = problem, grid
+        self._store, self._sink, self._device = store, sink, device
         self._arrays = {id(array): array for array in arrays.values()}.values()
+        self._host = HostPeak()
         self._started = time.monotonic()
         self._before = self._array_bytes()
+        device.forget_peak()  # so that what is held from now on was taken for this session
+        self._held_before = device.held_bytes()
         self._driver_highest = self._reserved = 0
-        self.rows_total = problem.lanes * sum(1 for a in range(grid.rows.chunks) if grid.rows.span(a))
-        self.finished: list[set[int]] = [set() for _ in range(problem.lanes)]
-        self.session_flops = 0
-        self.restart([{} for _ in range(problem.lanes)])
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # so that what is held from now on was taken for this session
-            torch.cuda.reset_peak_memory_stats(device)
-            self._device_before = torch.cuda.memory_reserved(device)
+        self._session_flops = 0
+        self.restart([])
 
-    def restart(self, covers: list[dict[int, int | None]]) -> None:
+    def since(self, host: HostPeak) -> "Meter":
+        """Count the growth of host memory from an earlier moment on."""
+        self._host = host
+        return self
+
+    def restart(self, covers: Iterable[Mapping[int, int | None]]) -> None:
         """Count anew what is done, from the covers of the stored partials."""
-        self.finished = [{row for row, cover in lane.items() if cover is None} for lane in covers]
-        self.pairs_done = self.flops_done = 0
-        self.tokens_done = tokens_done(self.problem, self.grid, self.finished)
-        for lane in covers:
-            for row, cover in lane.items():
-                pairs, flops = covered(self.problem, self.grid, row, cover)
-                self.pairs_done += pairs
-                self.flops_done += flops
+        self._progress = Progress(self._problem, self._grid, covers)
 
     @property
     def rows_done(self) -> int:
-        return sum(map(len, self.finished))
+        return self._progress.rows_done
+
+    @property
+    def rows_total(self) -> int:
+        return self._progress.rows_total
 
     def pairs_computed(self, rows: tuple[int, ...], column: int) -> None:
-        flops = sum(pair_flops(self.problem, self.grid, row, range(column, column + 1)) for row in rows)
-        self.pairs_done += len(rows)
-        self.flops_done += flops
-        self.session_flops += flops
+        self._session_flops += sum(self._progress.pair_computed(row, column) for row in rows)
 
-    def row_finished(self, lane: int, row: int) -> None:
-        self.finished[lane].add(row)
-        self.tokens_done += self.problem.group * len(self.grid.rows.span(row))
+    def row_finished(self, row: int) -> None:
+        self._progress.row_finished(row)
 
     def figures(self) -> Figures:
+        done = self._progress
         self._ask_the_driver()
-        stored_read, stored_written = (self._store.bytes_read, self._store.bytes_written) if self._store else (0, 0)
         return Figures(
-            pairs_done=self.pairs_done,
-            pairs_total=self.grid.pairs * self.problem.lanes,
-            rows_done=self.rows_done,
-            rows_total=self.rows_total,
-            tokens_done=self.tokens_done,
-            flops_done=self.flops_done,
-            flops_total=self.problem.flops,
+            pairs_done=done.pairs_done,
+            pairs_total=done.pairs_total,
+            rows_done=done.rows_done,
+            rows_total=done.rows_total,
+            tokens_done=done.tokens_done,
+            flops_done=done.flops_done,
+            flops_total=self._problem.flops,
             session_s=time.monotonic() - self._started,
-            session_flops=self.session_flops,
-            bytes_read=self._array_bytes() - self._before + stored_read,
-            bytes_written=self._sink.bytes_written + stored_written,
-            device_peak_bytes=self._device_peak(),
+            session_flops=self._session_flops,
+            bytes_read=self._array_bytes() - self._before + self._store.bytes_read,
+            bytes_written=self._sink.bytes_written + self._store.bytes_written,
+            device_peak_bytes=self._device.peak_bytes() - self._held_before,
             device_driver_peak_bytes=self._driver_highest,
             device_reserved_bytes=self._reserved,
             host_peak_bytes=self._host.bytes(),
         )
 
-    def _device_peak(self) -> int:
-        if self._device.type != "cuda":
-            return 0
-        return torch.cuda.max_memory_reserved(self._device) - self._device_before
-
     def _ask_the_driver(self) -> None:
-        if self._device.type == "cuda":
-            before, found = torch.cuda.memory_reserved(self._device), process_bytes(self._device) or 0
-            self._driver_highest = max(self._driver_highest, found)
-            if before == torch.cuda.memory_reserved(self._device):
-                self._reserved = max(self._reserved, found - before)
+        before, found = self._device.held_bytes(), self._device.process_bytes() or 0
+        self._driver_highest = max(self._driver_highest, found)
+        if before == self._device.held_bytes():
+            self._reserved = max(self._reserved, found - before)
 
     def _array_bytes(self) -> int:
         return sum(array.bytes_read for array in self._arrays)
-
-
-def covered(problem: Problem, grid: Grid, row: int, cover: int | None) -> tuple[int, int]:
-    """Return (pairs, floating-point operations) that a row's cover holds; None stands for a finished row."""
-    needed = grid.needed[row]
-    if cover is None or cover == grid.complete_cover(row):
-        return len(needed), pair_flops(problem, grid, row, needed)
-    held = [column for column in needed if cover >> column & 1]
-    return len(held), sum(pair_flops(problem, grid, row, range(column, column + 1)) for column in held)
-
-
-def tokens_done(problem: Problem, grid: Grid, finished: list[set[int]]) -> int:
-    """Return the query tokens, each head's counted, whose output is finished."""
-    return problem.group * sum(len(grid.rows.span(row)) for rows in finished for row in rows)

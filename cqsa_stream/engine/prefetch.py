@@ -1,9 +1,9 @@
 """Reading ahead: a thread walks the schedule before the engine and fills host buffers with what is not there yet.
 
-The buffers are allocated once, as whole pages, so that files can be read straight into them; for a CUDA device they are
-page-locked, so that copies to the device run beside the compute. What stands in a buffer and
-will be used again stays, as far as there are buffers (``Residency``: the planner has counted the reads in the same
-way). A buffer is filled anew only when its last reader has let go of it.
+The buffers are allocated once, as whole pages, so that files can be read straight into them; for a device with memory
+of its own they are page-locked, so that copies to it run beside the compute. What stands in a buffer and will be used
+again stays, as far as there are buffers (``Residency``: the planner has counted the reads in the same way). A buffer is
+filled anew only when its last reader has released it.
 """
 
 import queue
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cqsa_stream.engine.arena import PageLock, pages
-from cqsa_stream.machine.tracing import span
+from cqsa_stream.machine.device import DONE, Device, Event
 from cqsa_stream.schedulers.model.memory import Layout
 from cqsa_stream.schedulers.residency import Residency
 from cqsa_stream.storage.dtypes import numpy_dtype
@@ -26,8 +26,6 @@ from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.open import TokenArray
 
 __all__ = ["Loaded", "Prefetcher", "Read"]
-
-_READS_AT_A_TIME = {"cpu": 2, "cuda": 4}  # so that the disk has work when one of them ends
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class _Slot:
     bytes: np.ndarray
     released: "queue.SimpleQueue[None]" = field(default_factory=queue.SimpleQueue)
     readers: int = 0
-    in_use_until: torch.cuda.Event | None = None
+    in_use_until: Event = DONE
 
 
 @dataclass
@@ -60,8 +58,8 @@ class Loaded:
     _slot: _Slot = field(repr=False)
     _turns: "queue.SimpleQueue[None]" = field(repr=False)
 
-    def release(self, until: torch.cuda.Event | None = None) -> None:
-        """Let go of the buffer; it may be filled again once the event has happened."""
+    def release(self, until: Event = DONE) -> None:
+        """Release the buffer; it may be filled again once the event has happened."""
         self._slot.in_use_until = until
         self._slot.released.put(None)
         self._turns.put(None)
@@ -75,7 +73,7 @@ class Prefetcher:
         reads: Iterator[Read],
         arrays: dict[str, TokenArray],
         layout: Layout,
-        device: torch.device,
+        device: Device,
     ) -> None:
         self._reads = reads
         self._arrays = arrays
@@ -87,7 +85,7 @@ class Prefetcher:
         for _ in self._slots:
             self._turns.put(None)
         self._ready: queue.SimpleQueue[Future[Loaded] | BaseException | None] = queue.SimpleQueue()
-        reads_at_a_time = min(_READS_AT_A_TIME[device.type], layout.in_flight)
+        reads_at_a_time = min(device.habits.reads_at_a_time, layout.in_flight)
         self._loaders = ThreadPoolExecutor(reads_at_a_time, "cqsa-load")
         for array in arrays.values():
             array.begin(layout.in_flight // reads_at_a_time)
@@ -108,7 +106,7 @@ class Prefetcher:
         self._thread.join()
         self._loaders.shutdown()
         for array in self._arrays.values():
-            array.begin(in_flight=1)  # what it holds to read with is let go
+            array.begin(in_flight=1)  # so that it discards what it holds to read with
         self._lock.__exit__(*error)
 
     def __next__(self) -> Loaded:
@@ -131,7 +129,7 @@ class Prefetcher:
                 if read.lane != lane:
                     lane = read.lane
                     self._residency.forget()
-                index, present = self._residency.place((read.array, read.tokens), read.next_use)
+                index, present, *_ = self._residency.place((read.array, read.tokens), read.next_use)
                 slot = self._slots[index]
                 if not present:
                     self._wait_for_readers(slot)
@@ -147,8 +145,7 @@ class Prefetcher:
         for _ in range(slot.readers):
             slot.released.get()
         slot.readers = 0
-        if slot.in_use_until is not None:
-            slot.in_use_until.synchronize()
+        slot.in_use_until.synchronize()
 
     def _load(self, read: Read, slot: _Slot, *, present: bool) -> Loaded:
         """Read a piece into its slot. One that is present may still be on its way: that read is handed out before."""
@@ -159,8 +156,7 @@ class Prefetcher:
             lead = array.lead(read.batch, read.heads, read.tokens)
             used = slot.bytes[lead : lead + int(np.prod(shape)) * dtype.itemsize]
             if not present:
-                with span("read"):
-                    array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
+                array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
                 self._lock.wait(slot.number)
         except ArrayError as error:
             raise ArrayError(f"{read.array}: {error}") from error

@@ -1,111 +1,107 @@
-"""Kernels: exact attention of one tile on one device, with the log-sum-exp that merging needs.
+"""Which kernel and operator compute on a device, and what merges their tiles there. No other file imports a back end.
 
-The contract, tested for every back end by one suite: ``attend(q, k, v, mask, scale) -> (out, lse)`` with
-
-- ``q [heads, rows, d]``, ``k [kv_heads, columns, d]``, ``v [kv_heads, columns, dv]``, the heads a multiple of kv_heads;
-- ``mask``: ``"full"``, or ``"causal"``: the tile is square and row i sees columns 0..i;
-- ``out [heads, rows, dv]`` float32 (float64 from the reference, 16 bits from the vendor's CUDA kernels), normalised;
-  ``lse [heads, rows]``, natural logarithm, float32 or float64;
-- a row that sees no key gives (0, -inf).
-
-``tile`` is the largest call it likes, ``at_a_time`` how many of them, on streams of their own. ``score_bytes``: what
-one holds besides its result, for each row and each of up to ``score_columns`` keys; ``workspace_bytes``: what its
-libraries take from torch's allocator, once.
-
-``fold_for`` gives what merges such tiles on a device; all implementations do what ``partial.fold`` does.
+A choice is two names, made once for a run from the device, the stored dtype, what was measured, and the largest call of
+the plan: it belongs to the plan and to the run's state. Kernels themselves choose nothing and read no files.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Protocol
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from cqsa_stream.errors import InputError
+from cqsa_stream.kernels.contract import Fold, Kernel, KernelChoice
 from cqsa_stream.kernels.fold import fold
-from cqsa_stream.schedulers.masks.bands import TileMask
-from cqsa_stream.schedulers.model.memory import Tile
 
-__all__ = ["KERNELS", "Fold", "Kernel", "fold_for", "kernel_for", "merges_at_once"]
+__all__ = ["KERNELS", "Measured", "choices", "chosen", "fold_for", "kernel_of", "merges_at_once"]
 
 KERNELS = ("auto", "cupy")
 
-Fold = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+class Measured(Protocol):
+    """What was measured of operators."""
+
+    def fastest(self, dtype: str, width: int, operators: Sequence[str], rows: int, columns: int) -> str | None:
+        """Return the fastest operator for calls of this size; None where one of them was not measured."""
 
 
-class Kernel(Hashable, Protocol):
-    """One back end."""
+def choices(device: torch.device, stored: torch.dtype) -> list[KernelChoice]:
+    """Return all that can compute arrays of the stored dtype on a device, those to be preferred first."""
+    if device.type == "cpu":
+        return [KernelChoice("torch-cpu", "flash-for-cpu")]
+    own = [KernelChoice("cupy", "cublas")] if _cupy() else []
+    if stored == torch.float32:
+        return [*own, KernelChoice("plain", "products")]
+    from cqsa_stream.kernels.torch_cuda import operators
 
-    name: str
-    tile: Tile
-    score_bytes: int
-    score_columns: int
-    at_a_time: int
-    workspace_bytes: int
+    return [*(KernelChoice("torch-cuda", operator) for operator in operators(device, stored)), *own]
 
-    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """Return the dtype in which tiles must stand on the device."""
 
-    def attend(
-        self,
-        q: Float[Tensor, "heads q d"],
-        k: Float[Tensor, "kv_heads k d"],
-        v: Float[Tensor, "kv_heads k dv"],
-        mask: TileMask,
-        scale: float,
-    ) -> tuple[Float[Tensor, "heads q dv"], Float[Tensor, "heads q"]]:
-        """Return (out, lse) of the tile."""
+def chosen(
+    device: torch.device,
+    stored: torch.dtype,
+    name: str | None,
+    calibration: Measured | None,
+    rows: int,
+    columns: int,
+    width: int,
+) -> KernelChoice:
+    """Return the kernel named, or the fastest exact one, with the operator that is the fastest for the largest calls:
+    ``rows`` of all heads by ``columns``, head dims of ``width``. Raises InputError where that kernel cannot be.
+    """
+    found = choices(device, stored)
+    if name not in (None, "auto"):
+        found = [choice for choice in found if choice.kernel == name]
+    if not found:
+        raise InputError(
+            f"kernel {name!r} cannot be on {device}: it needs CuPy and a CUDA device; install cqsa-stream[cuda] and "
+            "take --device cuda, or take --kernel auto"
+        )
+    operators = [choice.operator for choice in found if choice.kernel == found[0].kernel]
+    dtype = str(kernel_of(found[0], device, stored).abilities.compute_dtype(stored)).removeprefix("torch.")
+    fastest = calibration.fastest(dtype, width, operators, rows, columns) if calibration else None
+    return KernelChoice(found[0].kernel, fastest or operators[0])
 
 
 @cache
-def kernel_for(device: torch.device, dtype: torch.dtype, name: str = "auto") -> Kernel:
-    """Return the fastest exact kernel for the device and the stored dtype, or the one named.
-
-    Raises InputError where that one cannot be.
-    """
-    if name == "cupy":
-        if device.type == "cpu":
-            raise InputError("kernel 'cupy' on the CPU; take --device cuda, or --kernel auto")
-        if not _cupy_is_there():
-            raise InputError("kernel 'cupy': CuPy cannot be imported; install cqsa-stream[cuda], or take --kernel auto")
-    if device.type == "cpu":
+def kernel_of(choice: KernelChoice, device: torch.device, stored: torch.dtype) -> Kernel:
+    """Return the kernel that was chosen, perhaps by another session. Raises InputError where it cannot be here."""
+    if choice not in choices(device, stored):
+        kind = str(stored).removeprefix("torch.")
+        raise InputError(f"kernel {choice.kernel} ({choice.operator}) cannot compute {kind} arrays on {device} here")
+    if choice.kernel == "torch-cpu":
         from cqsa_stream.kernels.torch_cpu import TorchCpuKernel
 
         return TorchCpuKernel()
-    if name == "cupy" or (dtype == torch.float32 and _cupy_is_there()):
-        from cqsa_stream.kernels.tile_cupy import CupyKernel
+    if choice.kernel == "torch-cuda":
+        from cqsa_stream.kernels.torch_cuda import TorchCudaKernel
 
-        return CupyKernel()
-    if dtype == torch.float32:
+        return TorchCudaKernel(choice.operator)
+    if choice.kernel == "plain":
         from cqsa_stream.kernels.reference import PlainKernel
 
         return PlainKernel(torch.float32)
-    from cqsa_stream.kernels.torch_cuda import TorchCudaKernel
-
-    return TorchCudaKernel()
+    kernel: Kernel = import_module("cqsa_stream.kernels.cupy").CupyKernel()
+    return kernel
 
 
 def fold_for(device: torch.device) -> Fold:
     """Return the fastest way to merge tiles on the device: on CUDA one pass, where CuPy is there."""
-    if not merges_at_once(device):
-        return fold
-    from cqsa_stream.kernels.fold_cupy import fold as fused
-
-    return fused
+    own = _cupy() if merges_at_once(device) else None
+    return own.fold if own else fold
 
 
 def merges_at_once(device: torch.device) -> bool:
     """Return whether tiles are merged by one kernel, which holds nothing besides them."""
-    return device.type == "cuda" and _cupy_is_there()
+    return any(choice.kernel == "cupy" for choice in choices(device, torch.float32))
 
 
 @cache
-def _cupy_is_there() -> bool:
+def _cupy() -> ModuleType | None:
     try:
-        import_module("cupy")
+        return import_module("cqsa_stream.kernels.cupy")
     except ImportError:
-        return False
-    return True
+        return None

@@ -6,32 +6,13 @@ being ``lse = -inf``. Only differences of lse are exponentiated: ``exp(lse)`` it
 are float64, since float32 ones drift to several times the error of one kernel call where scores are large.
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Partial", "fold", "merge"]
+__all__ = ["fold"]
 
 _NUMBERS_AT_A_TIME = 1 << 22  # of a merge in steps, which holds a few times as many beside them
-
-
-@dataclass
-class Partial:
-    """Attention of one row chunk over the column chunks in ``cover`` (bit b for column chunk b)."""
-
-    out: Float[Tensor, "heads q dv"]
-    lse: Float[Tensor, "heads q"]
-    cover: int = 0
-
-    @classmethod
-    def empty(cls, heads: int, rows: int, value_dim: int, device: torch.device) -> "Partial":
-        """Return the identity of merging."""
-        return cls(
-            torch.zeros(heads, rows, value_dim, dtype=torch.float32, device=device),
-            torch.full((heads, rows), -torch.inf, dtype=torch.float64, device=device),
-        )
 
 
 def fold(
@@ -76,12 +57,3 @@ def _ordinary(values: Tensor) -> bool:
 def _share(part: Tensor, total: Tensor) -> Tensor:
     """Return the weight of one side of a merge, 0 where it saw no key: -inf - -inf would be NaN."""
     return torch.where(part.isneginf(), 0.0, torch.exp(part - total))
-
-
-def merge(a: Partial, b: Partial) -> Partial:
-    """Return the partial of the union. Raises ValueError where the covers overlap: a pair would count twice."""
-    if a.cover & b.cover:
-        raise ValueError(f"covers {a.cover:#x} and {b.cover:#x} share column chunks; expected disjoint covers")
-    merged = Partial(a.out.clone(), a.lse.clone(), a.cover | b.cover)
-    fold(merged.out, merged.lse, b.out, b.lse)
-    return merged

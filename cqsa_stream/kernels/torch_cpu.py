@@ -1,18 +1,19 @@
 """torch's flash attention for CPU, by the aten operator that returns the log-sum-exp.
 
 16-bit and 8-bit tiles are computed in float32: as fast there, and each tile would otherwise be rounded to 16 bits
-before merging.
+before merging. A causal square is the operator's own; other edges are added to the scores, for low tiles only.
 """
 
+from functools import lru_cache
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cqsa_stream.kernels.contract import Abilities, Attended, Keys, Queries, Values
 from cqsa_stream.kernels.fold import fold
-from cqsa_stream.kernels.reference import formula
-from cqsa_stream.schedulers.masks.bands import TileMask
-from cqsa_stream.schedulers.model.memory import Tile
+from cqsa_stream.kernels.reference import formula, unseen
+from cqsa_stream.schedulers.masks.calls import Tile
 
 __all__ = ["TorchCpuKernel"]
 
@@ -22,36 +23,32 @@ _ROWS, _KEYS = 256, 1_024  # of the formula at a time: their scores are written 
 class TorchCpuKernel:
     """float32 tiles on the CPU, and float64 ones of float64 arrays."""
 
-    name = "torch-cpu"
-    tile = Tile(16_384, 16_384, 1_024)
-    score_bytes = score_columns = 0
-    at_a_time = 1
-    workspace_bytes = 0
+    abilities = Abilities(dtypes=(torch.float32, torch.float64), tile=Tile(16_384, 16_384, 1_024, 128, bands=True))
 
-    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        return torch.float64 if stored == torch.float64 else torch.float32
-
-    def attend(
-        self,
-        q: Float[Tensor, "heads q d"],
-        k: Float[Tensor, "kv_heads k d"],
-        v: Float[Tensor, "kv_heads k dv"],
-        mask: TileMask,
-        scale: float,
-    ) -> tuple[Float[Tensor, "heads q dv"], Float[Tensor, "heads q"]]:
+    def attend(self, q: Queries, k: Keys, v: Values, left: int | None, right: int | None, scale: float) -> Attended:
         if k.shape[1] == 0:
             return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf)
         width, value_dim = max(q.shape[2], v.shape[2]), v.shape[2]  # the operator refuses dv != d: pad with zeros
         q, k, v = (x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in (q, k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[None], k[None], v[None], 0.0, mask == "causal", scale=scale
-        )
-        found = out[0, :, :, :value_dim], lse[0]
-        _mend(*found, q, k, v[:, :, :value_dim], mask, scale)
-        return found
+        causal = (left, right) == (None, 0) and q.shape[1] == k.shape[1]
+        hidden = None if causal else _added(q.shape[1], k.shape[1], left, right, q.dtype)
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = (x[0] for x in attend(q[None], k[None], v[None], 0.0, causal, attn_mask=hidden, scale=scale))
+        out = out[:, :, :value_dim]
+        _mend(out, lse, q, k, v[:, :, :value_dim], left, right, scale)
+        return out, lse
 
 
-def _mend(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float) -> None:
+@lru_cache(4)
+def _added(rows: int, columns: int, left: int | None, right: int | None, dtype: torch.dtype) -> Tensor | None:
+    """Return what is added to the scores: -inf where a row does not see a column. None where all see all."""
+    hidden = unseen(torch.arange(rows), torch.arange(columns), left, right)
+    return None if hidden is None else torch.zeros(1, 1, rows, columns, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _mend(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float
+) -> None:
     """Compute those rows anew, by the formula, that the operator may have got wrong; as a rule there are none.
 
     It gives lse 0 to a row all of whose scores are -inf, and a lse can be 0; and it multiplies values that are inf or
@@ -68,7 +65,7 @@ def _mend(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: TileM
             found_lse = v.new_full((1, len(rows)), -torch.inf, dtype=torch.float64)
             for first in range(0, k.shape[1], _KEYS):
                 part = slice(first, min(first + _KEYS, k.shape[1]))
-                unseen = rows[:, None] < torch.arange(part.start, part.stop) if mask == "causal" else None
-                tile = formula(q[head, None, rows], keys[:, part], values[:, part], unseen, scale)
+                hidden = unseen(rows, torch.arange(part.start, part.stop), left, right)
+                tile = formula(q[head, None, rows], keys[:, part], values[:, part], hidden, scale)
                 fold(found, found_lse, *tile)
             out[head, rows], lse[head, rows] = found[0], found_lse[0].to(lse.dtype)

@@ -12,18 +12,16 @@ import psutil
 import torch
 
 from cqsa_stream.errors import InputError
-from cqsa_stream.kernels.choose import Kernel, fold_for
+from cqsa_stream.kernels.choose import fold_for, kernel_of
+from cqsa_stream.kernels.contract import TRIANGLES, Kernel, KernelChoice
 from cqsa_stream.machine.calibration import load
-from cqsa_stream.machine.driver import process_bytes
-from cqsa_stream.machine.streams import new_stream
+from cqsa_stream.machine.device import Device
 from cqsa_stream.problem import Problem, is_number
-from cqsa_stream.schedulers.masks.bands import TileMask
-from cqsa_stream.schedulers.model.rates import Rates, Speeds, TileTimes
-from cqsa_stream.schedulers.search import Machine
+from cqsa_stream.schedulers.model.rates import Rates, TileTimes
+from cqsa_stream.schedulers.request import Machine
 
 __all__ = [
     "FREE_SHARE",
-    "choose_device",
     "describe",
     "free_budgets",
     "free_host_bytes",
@@ -32,7 +30,6 @@ __all__ = [
 ]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_HOST_RESERVED_BYTES = {"cpu": 20 << 20, "cuda": 1 << 30}  # libraries' own: code pages, stacks, handles; measured
 _THREAD_BYTES = 1 << 20  # a kernel's scratch for each compute thread
 FREE_SHARE = 0.8
 
@@ -53,98 +50,59 @@ def parse_size(size: float | str | None, name: str) -> int | None:
     return int(size)
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of "auto", "cpu", "cuda" or "cuda:1". Raises InputError where there is none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
-    if match is None:
-        raise InputError(f"device {name!r}; expected auto, cpu, cuda or cuda:<number>")
-    if name == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(match[1] or 0)
-    if index >= count:
-        raise InputError(f"device {name!r}: this machine has {count} CUDA devices; take --device cpu")
-    return torch.device("cuda", index)
-
-
 def describe(
-    device: torch.device,
+    device: Device,
     problem: Problem,
-    kernel: Kernel,
+    choice: KernelChoice,
     device_memory: int | None,
     host_memory: int | None,
     out: Path | None,
 ) -> Machine:
     """Return the machine; budgets that are not given are 80 % of what is free. Raises InputError."""
-    if device.type == "cpu" and device_memory is not None:
-        raise InputError("device_memory with device cpu: there is one pool there; give host_memory alone")
-    stored = getattr(torch, problem.dtype)
-    dtype = str(kernel.compute_dtype(stored)).removeprefix("torch.")
-    width = problem.head_dim + problem.value_dim
+    habits, stored = device.habits, getattr(torch, problem.dtype)
+    if not habits.own_memory and device_memory is not None:
+        raise InputError(f"device_memory with device {device}: there is one pool there; give host_memory alone")
+    kernel = kernel_of(choice, device.torch, stored)
+    compute = kernel.abilities.compute_dtype(stored)
+    dtype = str(compute).removeprefix("torch.")
     calibration = load(device)
-    known = calibration.rates(dtype, problem.head_dim, problem.value_dim) if calibration else None
-    nominal = nominal_rates(device, dtype, width)
+    known = calibration.rates(dtype, choice.operator, problem.head_dim, problem.value_dim) if calibration else None
+    nominal = nominal_rates(device, compute, problem.head_dim + problem.value_dim)
     measured = known or _tried(nominal, device, kernel, problem)
-    free = free_host_bytes()
-    machine = Machine(
-        device=device.type,
-        device_allowed_bytes=None,
+    free, tile = free_host_bytes(), kernel.abilities.tile
+    on_device = device.free_bytes()
+    return Machine(
+        kernel=choice.kernel,
+        operator=choice.operator,
+        habits=habits,
+        device_allowed_bytes=_allowed(on_device) if device_memory is None else device_memory,
         host_allowed_bytes=int(free * FREE_SHARE) if host_memory is None else host_memory,
-        host_reserved_bytes=_HOST_RESERVED_BYTES[device.type] + _THREAD_BYTES * torch.get_num_threads(),
+        host_reserved_bytes=habits.host_reserved_bytes + _THREAD_BYTES * torch.get_num_threads(),
         rates=known or nominal,
         measured=measured,
-        tile=replace(kernel.tile, rows=min(kernel.tile.rows, known.tiles.best_rows())) if known else kernel.tile,
-        block_tokens=16_384 if device.type == "cpu" else 65_536,
-        column_tokens=16_384 if device.type == "cpu" else 131_072,
-        step_flops=2e11 if device.type == "cpu" else 1e13 if dtype == "float32" else 1e15,
+        tile=replace(tile, rows=min(tile.rows, known.tiles.best_rows())) if known else tile,
+        step_flops=habits.step_flops[compute.itemsize > 2],
+        device_reserved_bytes=_reserved_bytes(device, kernel, compute) if habits.own_memory else None,
+        device_free_bytes=on_device,
         host_free_bytes=free,
         host_total_bytes=psutil.virtual_memory().total,
         disk_free_bytes=None if out is None else _free_disk_bytes(out),
     )
-    if device.type == "cpu":
-        return machine
-    device_free = _free_device_bytes(device)
-    return replace(
-        machine,
-        device_allowed_bytes=int(device_free * FREE_SHARE) if device_memory is None else device_memory,
-        device_reserved_bytes=_reserved_bytes(device, kernel, kernel.compute_dtype(stored)),
-        device_free_bytes=device_free,
-    )
 
 
-_NOMINAL = Speeds(
-    read_bytes_per_s=1e9, write_bytes_per_s=5e8, stage_bytes_per_s=4e9, touch_bytes_per_s=2e9, file_s=2e-3,
-    file_lost_s=1e-3, block_s=1e-4, read_cpu_s=1e-10, check_cpu_s=2.5e-10, expand_cpu_s=4e-9, on_processor=True,
-)  # fmt: skip
+def nominal_rates(device: Device, compute: torch.dtype, width: int) -> Rates:
+    """Return rates for a machine that was not measured, for head dims that sum up to ``width``."""
+    flops = device.habits.flops_per_s[compute.itemsize > 2] * max(1, device.threads)
+    return Rates(TileTimes.nominal(flops, width, 1e-4), device.habits.nominal)
 
 
-def nominal_rates(device: torch.device, dtype: str, width: int) -> Rates:
-    """Return rates for a machine that was not measured."""
-    if device.type == "cpu":
-        return Rates(TileTimes.nominal(5e10 * torch.get_num_threads(), width, 1e-4), _NOMINAL)
-    beside = replace(
-        _NOMINAL,
-        read_bytes_per_s=2e9,
-        write_bytes_per_s=1e9,
-        stage_bytes_per_s=2e10,
-        file_lost_s=1e-9,
-        on_processor=False,
-    )
-    return Rates(TileTimes.nominal(3e13 if dtype == "float32" else 4e14, width, 1e-4), beside)
+def free_budgets(device: Device) -> tuple[int | None, int]:
+    """Return the budgets, of device and host, of who names none: 80 % of what is free. On a host there is one pool."""
+    return _allowed(device.free_bytes()), int(free_host_bytes() * FREE_SHARE)
 
 
-def free_budgets(device: torch.device) -> tuple[int | None, int]:
-    """Return the budgets, of device and host, of who names none: 80 % of what is free. On the CPU there is one pool."""
-    on_device = None if device.type == "cpu" else int(_free_device_bytes(device) * FREE_SHARE)
-    return on_device, int(free_host_bytes() * FREE_SHARE)
-
-
-def _free_device_bytes(device: torch.device) -> int:
-    """Return what is free on a CUDA device, what torch holds of it without using it included."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+def _allowed(free: int | None) -> int | None:
+    return None if free is None else int(free * FREE_SHARE)
 
 
 def free_host_bytes() -> int:
@@ -180,45 +138,44 @@ def _free_disk_bytes(path: Path) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def _tried(rates: Rates, device: torch.device, kernel: Kernel, problem: Problem) -> Rates:
+def _tried(rates: Rates, device: Device, kernel: Kernel, problem: Problem) -> Rates:
     """Return the rates with the kernel's times as a quick trial finds them."""
     flops = _measured_flops(device, kernel, problem.dtype, problem.head_dim, problem.value_dim)
     return replace(rates, tiles=TileTimes.nominal(flops, problem.head_dim + problem.value_dim, 1e-4))
 
 
 @cache
-def _measured_flops(device: torch.device, kernel: Kernel, stored: str, head_dim: int, value_dim: int) -> float:
-    """Time the kernel on one tile, small enough to take a moment and large enough to tell: the median of 3."""
-    rows, columns = (2_048, 1_024) if device.type == "cpu" else (min(32_768, kernel.tile.rows), kernel.tile.columns)
-    dtype = kernel.compute_dtype(getattr(torch, stored))
-    q = torch.zeros(1, rows, head_dim, dtype=dtype, device=device)
-    k = torch.zeros(1, columns, head_dim, dtype=dtype, device=device)
-    v = torch.zeros(1, columns, value_dim, dtype=dtype, device=device)
+def _measured_flops(device: Device, kernel: Kernel, stored: str, head_dim: int, value_dim: int) -> float:
+    """Time the kernel on one tile, small enough to take a moment and large enough to show: the median of 3."""
+    tile, dtype = kernel.abilities.tile, kernel.abilities.compute_dtype(getattr(torch, stored))
+    rows, columns = (min(pair) for pair in zip(device.habits.trial, (tile.rows, tile.columns), strict=True))
+    q = torch.zeros(1, rows, head_dim, dtype=dtype, device=device.torch)
+    k = torch.zeros(1, columns, head_dim, dtype=dtype, device=device.torch)
+    v = torch.zeros(1, columns, value_dim, dtype=dtype, device=device.torch)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        kernel.attend(q, k, v, "full", 1.0)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        kernel.attend(q, k, v, None, None, 1.0)
+        device.synchronize()
         seconds.append(time.perf_counter() - start)
     return 2.0 * (head_dim + value_dim) * rows * columns / sorted(seconds[1:])[1]
 
 
 @cache
-def _reserved_bytes(device: torch.device, kernel: Kernel, dtype: torch.dtype) -> int | None:
+def _reserved_bytes(device: Device, kernel: Kernel, dtype: torch.dtype) -> int | None:
     """Return what the driver holds for this process besides torch's memory: context, code, handles of libraries.
 
-    All that a run needs of these is there once the kernel and the merge have run. None where the driver does not tell.
+    All that a run needs of these is there once the kernel and the merge have run. None where the driver is silent.
     """
-    q, out = torch.zeros(1, 64, 64, dtype=dtype, device=device), torch.zeros(1, 64, 64, device=device)
-    lse = torch.full((1, 64), -torch.inf, dtype=torch.float64, device=device)
-    masks: tuple[TileMask, ...] = ("full", "causal")
-    with torch.cuda.device(device), torch.cuda.stream(new_stream(device)):
-        for mask in masks:
-            fold_for(device)(out, lse, *kernel.attend(q, q, q, mask, 1.0))
+    place = device.torch
+    q, out = torch.zeros(1, 64, 64, dtype=dtype, device=place), torch.zeros(1, 64, 64, device=place)
+    lse = torch.full((1, 64), -torch.inf, dtype=torch.float64, device=place)
+    with device.current(), device.on(device.new_stream()):
+        for left, right in TRIANGLES:
+            fold_for(place)(out, lse, *kernel.attend(q, q, q, left, right, 1.0))
         for rounded in (torch.bfloat16, torch.float16):
             out.to(rounded)
         lse.float()
-        torch.cuda.synchronize(device)
-    held = process_bytes(device)
-    return None if held is None else max(0, held - torch.cuda.memory_reserved(device))
+        device.synchronize()
+    held = device.process_bytes()
+    return None if held is None else max(0, held - device.held_bytes())

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -17,46 +17,62 @@ from typing import Any
 import platformdirs
 import torch
 
+from cqsa_stream.machine.device import Device
 from cqsa_stream.schedulers.model.rates import Rates, Speeds, TileTimes
 from cqsa_stream.storage.atomic import make_directory, replace_file, sweep
 
-__all__ = ["Calibration", "load", "path_for", "trying"]
+__all__ = ["Calibration", "Timed", "load", "path_for", "trying"]
 
-_FORMAT = 3
+_FORMAT = 5
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Times of calls by one operator in one compute dtype and head dim."""
+
+    dtype: str
+    dim: int
+    operator: str
+    times: TileTimes
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Times of kernel calls by compute dtype and head dim, and what the machine takes besides."""
+    """Times of kernel calls, and what the machine takes besides."""
 
-    tiles: dict[str, dict[int, TileTimes]]
+    tiles: tuple[Timed, ...]
     speeds: Speeds
 
-    def nearest(self, dtype: str, dim: int) -> int | None:
-        """Return the head dim that was measured and is nearest; None for another dtype."""
-        return min(self.tiles.get(dtype, ()), key=lambda known: abs(math.log(known / dim)), default=None)
+    def _nearest(self, dtype: str, dim: int) -> dict[str, Timed]:
+        """Return, by operator, what was measured of the nearest head dim; nothing of another dtype."""
+        of_dtype = [timed for timed in self.tiles if timed.dtype == dtype]
+        nearest = min((timed.dim for timed in of_dtype), key=lambda known: abs(math.log(known / dim)), default=0)
+        return {timed.operator: timed for timed in of_dtype if timed.dim == nearest}
 
-    def rates(self, dtype: str, head_dim: int, value_dim: int) -> Rates | None:
-        """Return the rates for a compute dtype and head dims, from the nearest measured; None for another dtype."""
-        nearest = self.nearest(dtype, max(head_dim, value_dim))
-        if nearest is None:
+    def fastest(self, dtype: str, width: int, operators: Sequence[str], rows: int, columns: int) -> str | None:
+        """Return the fastest operator for calls of this size; None where one of them was not measured."""
+        found = self._nearest(dtype, width)
+        if not found.keys() >= set(operators):
             return None
-        measured = self.tiles[dtype]
-        return Rates(measured[nearest].scaled((head_dim + value_dim) / (2 * nearest)), self.speeds)
+        return min(operators, key=lambda operator: found[operator].times.tile_s(rows, columns))
+
+    def rates(self, dtype: str, operator: str, head_dim: int, value_dim: int) -> Rates | None:
+        """Return the rates for a compute dtype, operator and head dims, from the nearest measured; None for others."""
+        found = self._nearest(dtype, max(head_dim, value_dim)).get(operator)
+        if found is None:
+            return None
+        return Rates(found.times.scaled((head_dim + value_dim) / (2 * found.dim)), self.speeds)
 
     def __str__(self) -> str:
         lines = []
-        for dtype, by_dim in self.tiles.items():
-            for dim, times in by_dim.items():
-                lines.append(f"{dtype}, head dim {dim}: GFLOP/s by rows and columns of a call")
-                lines.append(" " * 8 + "".join(f"{columns:>9,}" for columns in times.columns))
-                for rows, seconds in zip(times.rows, times.seconds, strict=True):
-                    rates = (4 * dim * rows * c / s / 1e9 for c, s in zip(times.columns, seconds, strict=True))
-                    lines.append(f"{rows:>8,}" + "".join(f"{rate:>9,.0f}" for rate in rates))
-                if times.operators:
-                    lines.append("        the fastest operator of each:")
-                    for rows, names in zip(times.rows, times.operators, strict=True):
-                        lines.append(f"{rows:>8,}" + "".join(f"{name:>9}" for name in names))
+        for timed in self.tiles:
+            times = timed.times
+            kind = f"{timed.dtype}, head dim {timed.dim}, {timed.operator}"
+            lines.append(f"{kind}: GFLOP/s by rows and columns of a call")
+            lines.append(" " * 8 + "".join(f"{columns:>9,}" for columns in times.columns))
+            for rows, seconds in zip(times.rows, times.seconds, strict=True):
+                rates = (4 * timed.dim * rows * c / s / 1e9 for c, s in zip(times.columns, seconds, strict=True))
+                lines.append(f"{rows:>8,}" + "".join(f"{rate:>9,.0f}" for rate in rates))
         speeds = self.speeds
         lines.append(
             f"disk: {speeds.read_bytes_per_s / 1e9:.2f} GB/s read, {speeds.write_bytes_per_s / 1e9:.2f} GB/s written, "
@@ -80,15 +96,9 @@ class Calibration:
         fields = json.loads(data)
         if fields.pop("format") != _FORMAT:
             raise ValueError(f"expected format {_FORMAT}")
-        tiles = {
-            dtype: {int(dim): _tile_times(times) for dim, times in by_dim.items()}
-            for dtype, by_dim in fields["tiles"].items()
-        }
-        if not all(tiles.values()):
-            raise ValueError("a dtype without times")
-        return cls(tiles, _speeds(fields["speeds"]))
+        return cls(tuple(_timed(timed) for timed in fields["tiles"]), _speeds(fields["speeds"]))
 
-    def save(self, device: torch.device) -> Path:
+    def save(self, device: Device) -> Path:
         """Keep this for the plans to come; return where."""
         path = path_for(device)
         make_directory(path.parent)
@@ -98,15 +108,14 @@ class Calibration:
         return path
 
 
-def path_for(device: torch.device) -> Path:
+def path_for(device: Device) -> Path:
     """Return where the calibration of this machine, device and build of torch is kept."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = (platform.node(), device.type, name, torch.get_num_threads(), torch.__version__)
+    machine = (platform.node(), device.torch.type, device.model, torch.get_num_threads(), torch.__version__)
     digest = hashlib.sha256(json.dumps([str(part) for part in machine]).encode()).hexdigest()[:16]
-    return Path(platformdirs.user_cache_dir("cqsa-stream", appauthor=False)) / f"{device.type}-{digest}.json"
+    return Path(platformdirs.user_cache_dir("cqsa-stream", appauthor=False)) / f"{device.torch.type}-{digest}.json"
 
 
-def load(device: torch.device) -> Calibration | None:
+def load(device: Device) -> Calibration | None:
     """Return this machine's calibration, None where there is none."""
     return _trying[-1] if _trying else _stored(device)
 
@@ -125,7 +134,7 @@ _trying: list[Calibration] = []
 
 
 @cache
-def _stored(device: torch.device) -> Calibration | None:
+def _stored(device: Device) -> Calibration | None:
     try:
         return Calibration.from_json(path_for(device).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -133,10 +142,14 @@ def _stored(device: torch.device) -> Calibration | None:
 
 
 def _speeds(fields: dict[str, Any]) -> Speeds:
-    on_processor = fields.pop("on_processor")
-    if type(on_processor) is not bool:
-        raise ValueError(f"on_processor {on_processor!r}; expected true or false")
-    return Speeds(on_processor=on_processor, **{name: _positive(figure) for name, figure in fields.items()})
+    return Speeds(**{name: _positive(figure) for name, figure in fields.items()})
+
+
+def _timed(fields: dict[str, Any]) -> Timed:
+    dtype, dim, operator = fields["dtype"], _positive(fields["dim"]), fields["operator"]
+    if type(dtype) is not str or type(dim) is not int or type(operator) is not str:
+        raise ValueError(f"{dtype!r}, {dim!r}, {operator!r}; expected the names and the head dim of what was measured")
+    return Timed(dtype, dim, operator, _tile_times(fields["times"]))
 
 
 def _tile_times(fields: dict[str, Any]) -> TileTimes:
@@ -150,13 +163,8 @@ def _tile_times(fields: dict[str, Any]) -> TileTimes:
     threads = fields["threads"]
     if type(threads) is not int or not 0 <= threads < 2**16:
         raise ValueError(f"threads {threads!r}")
-    operators = tuple(tuple(names) for names in fields["operators"])
-    if operators and [len(names) for names in operators] != [len(columns)] * len(rows):
-        raise ValueError("operators that do not belong to the sizes")
-    if not {name for names in operators for name in names} <= {"cudnn", "flash"}:
-        raise ValueError(f"operators {operators}; expected cudnn or flash")
     causal, stacked = _positive(fields["causal"]), _positive(fields["stacked"])
-    return TileTimes(rows, columns, seconds, causal, stacked, threads, operators)
+    return TileTimes(rows, columns, seconds, causal, stacked, threads)
 
 
 def _positive(value: Any) -> float:

@@ -3,17 +3,23 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis, Grid
 from cqsa_stream.schedulers.search import MOST_CHUNKS
 from cqsa_stream.storage.open import LAYOUTS
+from cqsa_stream.storage.readers.locations import is_url
 
-__all__ = ["Manifest"]
+__all__ = ["Manifest", "beside", "sealed", "unsealed"]
 
-_FORMAT = 3
+_FORMAT = 4
+_ID = re.compile("[0-9a-f]{32}")
 _INPUTS = {"query", "key", "value"}
 _ABOUT_INPUT = {"source", "beside", "fingerprint"}
 
@@ -22,7 +28,8 @@ _ABOUT_INPUT = {"source", "beside", "fingerprint"}
 class Manifest:
     """What a run is. ``inputs``: source and fingerprint of each, and ``beside``, its path relative to the run directory
     ("" where it has none); ``layout``: their axes as they are stored; ``out_tokens``: tokens of a stored output chunk;
-    ``output`` and ``lse`` are paths relative to the run directory.
+    ``output`` and ``lse`` are paths relative to the run directory. ``id`` is drawn when the run begins: nothing that an
+    earlier run left in the same place is taken for its own.
     """
 
     problem: Problem
@@ -34,37 +41,35 @@ class Manifest:
     lse: str
     fill_missing: bool
     layout: str = "bhtd"
+    id: str = field(default_factory=lambda: token_hex(16))
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
-        return Grid.of(self.rows, self.columns, self.problem.mask.keys_seen, self.problem.same_positions)
+        return Grid(self.rows, self.columns, self.problem.visible, self.problem.same_positions)
 
     @property
     def run_hash(self) -> bytes:
-        """The hash of problem and grid, which every stored partial carries."""
-        identity = {"problem": self.problem.to_dict(), "rows": asdict(self.rows), "columns": asdict(self.columns)}
-        return hashlib.sha256(_canonical(identity)).digest()
+        """The hash of problem, grid and id, which every stored partial carries."""
+        fields = self._fields()
+        return hashlib.sha256(_canonical([fields[name] for name in ("problem", "rows", "columns", "id")])).digest()
 
     def to_json(self) -> bytes:
-        fields = {"format": _FORMAT, **asdict(self)}
-        fields["sha256"] = hashlib.sha256(_canonical(fields)).hexdigest()
-        return json.dumps(fields, indent=1).encode() + b"\n"
+        return sealed(_FORMAT, self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**fields, "problem": self.problem.to_dict(), "rows": asdict(self.rows), "columns": asdict(self.columns)}
 
     @classmethod
     def from_json(cls, data: bytes) -> "Manifest":
         """Raises ValueError where this is not what ``to_json`` wrote, or says what no run can be."""
+        fields = unsealed(_FORMAT, data)
         try:
-            fields = json.loads(data)
-            if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
-                raise ValueError(f"expected format {_FORMAT}")
-            checksum = fields.pop("sha256", None)
-            if checksum != hashlib.sha256(_canonical({"format": _FORMAT, **fields})).hexdigest():
-                raise ValueError("it fails its checksum")
             problem = Problem.from_dict(fields["problem"])
             axes = {name: Axis(**fields[name]) for name in ("rows", "columns")}
             found = cls(**{**fields, "problem": problem, **axes})
             found._refuse_the_impossible()
-        except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, UnicodeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
             raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from error
         return found
 
@@ -83,6 +88,8 @@ class Manifest:
             raise ValueError(f"fill_missing {self.fill_missing!r}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout {self.layout!r}; expected one of {', '.join(LAYOUTS)}")
+        if type(self.id) is not str or not _ID.fullmatch(self.id):
+            raise ValueError(f"an id {self.id!r}")
         for path in (self.output, self.lse):
             if type(path) is not str or not path or b"\0" in os.fsencode(path):
                 raise ValueError(f"a path {path!r}")
@@ -91,6 +98,35 @@ class Manifest:
         for about in self.inputs.values():
             if not all(type(word) is str and b"\0" not in os.fsencode(word) for word in about.values()):
                 raise ValueError(f"an input {about}")
+
+
+def beside(source: str, run_directory: Path) -> str:
+    """Return a source's path relative to the run directory, by which it is found when both were moved; else ""."""
+    if source == "memory" or is_url(source):
+        return ""
+    folder, name = os.path.split(source)
+    return os.path.relpath(Path(os.path.realpath(folder), name), run_directory)
+
+
+def sealed(format_: int, fields: dict[str, Any]) -> bytes:
+    """Return fields as JSON that says its format and carries its own SHA-256."""
+    whole = {"format": format_, **fields}
+    whole["sha256"] = hashlib.sha256(_canonical(whole)).hexdigest()
+    return json.dumps(whole, indent=1).encode() + b"\n"
+
+
+def unsealed(format_: int, data: bytes) -> dict[str, Any]:
+    """Return the fields. Raises ValueError where this is not what ``sealed`` made of any."""
+    try:
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or fields.pop("format", None) != format_:
+            raise ValueError(f"expected format {format_}")
+        checksum = fields.pop("sha256", None)
+        if checksum != hashlib.sha256(_canonical({"format": format_, **fields})).hexdigest():
+            raise ValueError("it fails its checksum")
+    except (RecursionError, UnicodeError) as error:
+        raise ValueError(f"no JSON ({type(error).__name__}: {error})") from error
+    return fields
 
 
 def _canonical(value: Any) -> bytes:

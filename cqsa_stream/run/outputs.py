@@ -8,50 +8,108 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cqsa_stream.engine.sinks import ZarrSink
+import torch
+
+from cqsa_stream.engine.sinks import Stored, ZarrSink
 from cqsa_stream.errors import LockedError, MismatchError
+from cqsa_stream.operations.forward import forward_sums
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.storage.atomic import make_directory, open_regular
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.output import METADATA, create_array, described, holds_array, open_output
+from cqsa_stream.storage.partials import Header
 
-__all__ = [
-    "damaged_rows",
-    "is_complete",
-    "missing_rows",
-    "open_outputs",
-    "outputs_exist",
-    "outputs_locked",
-    "prepare_outputs",
-]
+__all__ = ["Results"]
 
 _MOST_METADATA_BYTES = 1 << 20
 _LOOKED_AT_BYTES = 64 << 20
 _log = logging.getLogger(__name__)
+_Described = tuple[tuple[int, ...], str, tuple[int, ...]]  # shape, dtype and chunks of an array
 
 
-def prepare_outputs(directory: RunDirectory, manifest: Manifest) -> None:
-    """Create the output and lse arrays where they are missing, or what describes them is damaged."""
-    for path, expected in _wanted(directory, manifest).items():
-        make_directory(path)
-        if holds_array(path) and (wrong := _misdescribed(path, expected)):
-            (path / METADATA).replace(path / (METADATA + ".damaged"))
-            _log.warning("%s; it is set aside and written again", wrong)
-        if not holds_array(path):
-            create_array(path, *expected)
+class Results:
+    """The output and lse of a run, by what its manifest says, and its partials, which say what is finished."""
+
+    def __init__(self, directory: RunDirectory, manifest: Manifest) -> None:
+        self.output, self.lse = directory.output_path(manifest), directory.lse_path(manifest)
+        self._directory, self._manifest = directory, manifest
+        problem, tokens = manifest.problem, manifest.out_tokens
+        self._wanted: dict[Path, _Described] = {
+            self.output: (problem.out_shape, problem.out_dtype, (1, 1, tokens, problem.value_dim)),
+            self.lse: (problem.out_shape[:3], "float32", (1, 1, manifest.rows.chunk_tokens)),
+        }
+
+    def prepare(self) -> None:
+        """Create the arrays where they are missing, or what describes them is damaged."""
+        for path, expected in self._wanted.items():
+            make_directory(path)
+            if holds_array(path) and (wrong := _misdescribed(path, expected)):
+                (path / METADATA).replace(path / (METADATA + ".damaged"))
+                _log.warning("%s; it is set aside and written again", wrong)
+            if not holds_array(path):
+                create_array(path, *expected)
+
+    def sink(self) -> ZarrSink:
+        """Open both arrays. Raises ArrayError where they are missing, or not described as they must be."""
+        for path, expected in self._wanted.items():
+            if holds_array(path) and (wrong := _misdescribed(path, expected)):
+                raise ArrayError(wrong)
+        problem, rows = self._manifest.problem, self._manifest.rows
+        lse = Stored(open_output(self.lse), torch.float32, rows.chunk_tokens)
+        out = Stored(open_output(self.output), getattr(torch, problem.out_dtype), self._manifest.out_tokens)
+        return ZarrSink([[lse, out]], [rows], problem.output_heads)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold both for this process: other run directories may name them too. Raises LockedError."""
+        outside = [path for path in self._wanted if not path.is_relative_to(self._directory.path)]
+        with ExitStack() as held:
+            for path in sorted(outside):  # what is in the run directory is held with it
+                held.enter_context(_locked(path))
+            yield
+
+    @property
+    def exist(self) -> bool:
+        """Whether the arrays are there, as far as what describes them shows."""
+        return all(map(holds_array, self._wanted))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row of the run is finished, by what is on disk."""
+        filled = self._manifest.rows.filled
+        return self.exist and all(
+            sum(cover is None for cover in lane.values()) == filled
+            for lane in self._directory.store(self._manifest).covers()
+        )
+
+    def checked(self) -> Iterator[tuple[int, int, bool]]:
+        """Read all of every finished row; yield (lane, row, whether it is what was written).
+
+        Raises ArrayError where the arrays cannot be opened.
+        """
+        sink = self.sink()
+        for header in self._finished():
+            yield header.lane, header.chunk, sink.holds(header.sum, header.lane, header.chunk, header.checksum)
+
+    def missing(self) -> Iterator[tuple[int, int]]:
+        """Yield (lane, row) of the finished rows that are not there: a look that does not grow with the output.
+
+        The size of every stored chunk is looked at, and ``_LOOKED_AT_BYTES`` are read: all that there is of a small
+        run. ``checked`` reads all of any.
+        """
+        sink, left, [by_rows] = self.sink(), _LOOKED_AT_BYTES, forward_sums(self._manifest.problem)
+        for header in reversed(list(self._finished())):
+            place = header.sum, header.lane, header.chunk
+            left -= len(self._manifest.rows.span(header.chunk)) * by_rows.left_bytes
+            if not sink.is_there(*place) or (left >= 0 and not sink.holds(*place, header.checksum)):
+                yield header.lane, header.chunk
+
+    def _finished(self) -> Iterator[Header]:
+        return (header for header, _ in self._directory.store(self._manifest).headers() if header.finished)
 
 
-def _wanted(directory: RunDirectory, manifest: Manifest) -> dict[Path, tuple[tuple[int, ...], str, tuple[int, ...]]]:
-    """Return shape, dtype and chunks of the output and lse arrays, by their paths."""
-    problem, tokens = manifest.problem, manifest.out_tokens
-    return {
-        directory.output_path(manifest): (problem.out_shape, problem.out_dtype, (1, 1, tokens, problem.value_dim)),
-        directory.lse_path(manifest): (problem.out_shape[:3], "float32", (1, 1, manifest.rows.chunk_tokens)),
-    }
-
-
-def _misdescribed(path: Path, expected: tuple[tuple[int, ...], str, tuple[int, ...]]) -> str:
+def _misdescribed(path: Path, expected: _Described) -> str:
     """Return what is wrong with an array's zarr.json, if anything is: all of it is known.
 
     Raises MismatchError where it describes another array: that may be somebody's, in the place of ours.
@@ -75,25 +133,6 @@ def _misdescribed(path: Path, expected: tuple[tuple[int, ...], str, tuple[int, .
     return f"{file}: damaged (not what was written)"
 
 
-def open_outputs(directory: RunDirectory, manifest: Manifest) -> ZarrSink:
-    """Open both arrays. Raises ArrayError where they are missing, or not described as they must be."""
-    for path, expected in _wanted(directory, manifest).items():
-        if holds_array(path) and (wrong := _misdescribed(path, expected)):
-            raise ArrayError(wrong)
-    out, lse = (open_output(path) for path in (directory.output_path(manifest), directory.lse_path(manifest)))
-    return ZarrSink(manifest.problem, out, lse, manifest.rows, manifest.out_tokens)
-
-
-@contextmanager
-def outputs_locked(directory: RunDirectory, manifest: Manifest) -> Iterator[None]:
-    """Hold output and lse for this process: other run directories may name them too. Raises LockedError."""
-    places = [directory.output_path(manifest), directory.lse_path(manifest)]
-    with ExitStack() as held:
-        for path in sorted(p for p in places if not p.is_relative_to(directory.path)):  # what is in it is held with it
-            held.enter_context(_locked(path))
-        yield
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     make_directory(path)
@@ -110,44 +149,3 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(number)
-
-
-def outputs_exist(directory: RunDirectory, manifest: Manifest) -> bool:
-    """Return whether the output and lse arrays are there, as far as what describes them tells."""
-    return all(holds_array(path) for path in (directory.output_path(manifest), directory.lse_path(manifest)))
-
-
-def is_complete(directory: RunDirectory) -> bool:
-    """Return whether every row of the run is finished, by what is on disk."""
-    manifest = directory.manifest()
-    if not outputs_exist(directory, manifest):
-        return False
-    covers = directory.store(manifest).covers()
-    return all(sum(cover is None for cover in lane.values()) == manifest.rows.filled for lane in covers)
-
-
-def damaged_rows(directory: RunDirectory, manifest: Manifest) -> Iterator[tuple[int, int, bool]]:
-    """Read the output and lse of every finished row; yield (lane, row, whether it is what was written).
-
-    Raises ArrayError where the arrays cannot be opened.
-    """
-    store, sink = directory.store(manifest), open_outputs(directory, manifest)
-    for header, _ in store.headers():
-        if header.finished:
-            yield header.lane, header.row, sink.holds(header.lane, header.row, header.checksum)
-
-
-def missing_rows(directory: RunDirectory, manifest: Manifest) -> Iterator[tuple[int, int]]:
-    """Yield (lane, row) of the finished rows whose output is not there: a look that does not grow with the output.
-
-    The size of every stored chunk is looked at, and ``_LOOKED_AT_BYTES`` are read: all that there is of a small run.
-    ``damaged_rows`` reads all of any.
-    """
-    store, sink = directory.store(manifest), open_outputs(directory, manifest)
-    finished = [header for header, _ in store.headers() if header.finished]
-    left = _LOOKED_AT_BYTES
-    for header in reversed(finished):
-        left -= sink.row_bytes(header.row)
-        there = sink.is_there(header.lane, header.row)
-        if not there or (left >= 0 and not sink.holds(header.lane, header.row, header.checksum)):
-            yield header.lane, header.row

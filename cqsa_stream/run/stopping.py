@@ -25,24 +25,24 @@ class Stopper:
     """
 
     def __init__(
-        self,
-        signals: tuple[signal.Signals, ...] = (),
-        max_seconds: float | None = None,
-        *,
-        owns_process: bool = False,
+        self, signals: tuple[signal.Signals, ...] = (), max_seconds: float | None = None, *, owns_process: bool = False
     ) -> None:
-        self._max_seconds = max_seconds
-        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._began = time.monotonic()
+        self.limit(max_seconds)
         self._signals, self._owns_process = signals, owns_process
         self._before: dict[signal.Signals, Any] = {}
         self._depth = 0
         self.received: signal.Signals | None = None
 
+    def limit(self, max_seconds: float | None) -> None:
+        """Stop so many seconds after the making; None: never for the time."""
+        self._max_seconds = max_seconds
+
     def __call__(self, early_s: float = 0.0) -> str | None:
         """Return the reason; a time limit less than ``early_s`` away counts as reached."""
         if self.received is not None:
             return f"stopped by {self.received.name}"
-        if self._deadline is not None and time.monotonic() + early_s >= self._deadline:
+        if self._max_seconds is not None and time.monotonic() + early_s - self._began >= self._max_seconds:
             return f"stopped after {self._max_seconds:g} s (max_seconds)"
         return None
 

@@ -1,1 +1,1 @@
-"""Masks as lists of disjoint bands: one mask a file."""
+"""Masks as lists of disjoint bands: bands, their kernel calls, and a file for each mask."""

@@ -1,19 +1,21 @@
 """The memory model: how many bytes a plan holds, by pool and by purpose. Pure arithmetic.
 
-Four pools: the device's memory; host memory, page-locked and pageable; disk. On the CPU the device's share is the
-host's. A budget is for the device, or for host memory of both kinds; the disk is only held against what is free there.
+Four pools: the device's memory; host memory, page-locked and pageable; disk. Where kernels compute in host memory there
+is one pool, and the device's share is the host's. A budget is for the device, or for host memory of both kinds; the
+disk is only held against what is free there.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from cqsa_stream.schedulers.grid import Axis
+from cqsa_stream.schedulers.masks.calls import Tile
+from cqsa_stream.schedulers.model.habits import Habits
 
 __all__ = [
     "FILE_HEADER_BYTES",
-    "WRITERS",
     "Footprint",
     "Layout",
-    "Tile",
     "Workload",
     "footprint",
     "leaving_bytes",
@@ -27,29 +29,23 @@ __all__ = [
 FILE_HEADER_BYTES = 4096  # of the file of a partial
 PAGE_BYTES = 4096
 _SEGMENT = 2 << 20
-WRITERS = {"cpu": 1, "cuda": 4}  # threads that write complete rows; on the CPU they take time from the kernels
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The largest kernel call, in tokens; ``leaf`` is the longest side of a causal triangle."""
-
-    rows: int
-    columns: int
-    leaf: int
+_MOST = 1 << 48
+_WHOLE_DIMS = 8  # the kernels of devices take head dims of whole multiples
 
 
 @dataclass(frozen=True)
 class Workload:
     """The numbers of a problem that planning needs, and what its stored arrays are like.
 
-    ``staging_bytes``: the most that one piece of a read in flight holds besides its buffer. ``stored_itemsize``,
-    ``compute_itemsize``, ``partial_itemsize``, ``out_itemsize``: bytes of one number on disk, on the device, in a
-    partial, in the output. ``durable``: results go to disk, and partials can leave memory for it.
+    ``row_bytes``, ``column_bytes``: what the sums by rows and by columns hold for each token, all heads of a lane;
+    ``left_bytes``: what is left of the former in the output. ``staging_bytes``: the most that one piece of a read in
+    flight holds besides its buffer. ``stored_itemsize``, ``compute_itemsize``, ``partial_itemsize``, ``out_itemsize``:
+    bytes of one number on disk, on the device, in a partial, in the output. ``durable``: results go to disk, and
+    partials can leave memory for it.
     ``calls_at_a_time``: kernel calls whose tiles are there at a time; ``score_bytes``: what one holds for each score,
-    of ``score_columns`` keys at a time; ``workspace_bytes``: what its libraries take on a device; ``merged_at_once``: a
-    tile is merged by one kernel, with nothing besides. ``resident_output_bytes``: an output that stays in memory;
-    ``kept_bytes``: what readers remember.
+    of ``score_columns`` keys at a time; ``workspace_bytes``: what its libraries take on a device. ``merged_at_once``: a
+    tile is merged by one kernel, with nothing besides. ``lower_edges``: some tiles have one.
+    ``resident_output_bytes``: an output that stays in memory; ``kept_bytes``: what readers remember.
     """
 
     lanes: int
@@ -59,6 +55,8 @@ class Workload:
     stored_itemsize: int
     compute_itemsize: int
     out_itemsize: int
+    row_bytes: int
+    left_bytes: int
     flops: int
     staging_bytes: int
     durable: bool
@@ -68,6 +66,8 @@ class Workload:
     score_columns: int = 0
     workspace_bytes: int = 0
     merged_at_once: bool = False
+    lower_edges: bool = False
+    column_bytes: int = 0
     partial_itemsize: int = 4
     kept_bytes: int = 0
 
@@ -77,8 +77,8 @@ class Layout:
     """The shapes of a run that take memory, in chunks and tokens.
 
     A task holds ``rows_per_task`` row chunks. ``query_places`` of queries (more than that, where the next task's are
-    copied meanwhile) and ``resident_rows`` of partials stand on the device, ``parked_rows`` more partials in host
-    memory, and ``leaving_rows`` complete rows on their way to disk. Of host
+    copied meanwhile), ``resident_rows`` and ``resident_columns`` of partials stand on the device, ``parked_rows`` more
+    in host memory, and ``leaving_rows`` complete rows on their way to disk. Of host
     buffers of ``slot_bytes``, ``ring_slots`` hold what is read ahead and ``cache_slots`` what will be used again: a
     block of ``block_tokens`` keys or values, or ``query_tokens`` queries of all heads of the group. At most
     ``in_flight`` pieces of reads are under way. A kernel call takes at most a ``tile``; the output is stored
@@ -95,6 +95,7 @@ class Layout:
     cache_slots: int
     tile: Tile
     out_tokens: int
+    resident_columns: int = 1
     parked_rows: int = 0
     leaving_rows: int = 0
     stride: int = 1
@@ -103,6 +104,22 @@ class Layout:
     @property
     def slots(self) -> int:
         return self.ring_slots + self.cache_slots
+
+    @property
+    def in_place(self) -> bool:
+        """Whether kernels compute in host memory, where complete rows leave from where they are."""
+        return not self.leaving_rows
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Layout":
+        """Raises ValueError, KeyError or TypeError where these are not the fields of a layout."""
+        numbers = {**fields, **fields["tile"]}
+        del numbers["tile"]
+        least = {name: 0 for name in ("cache_slots", "parked_rows", "leaving_rows", "bands")}
+        numbers["bands"] = int(numbers["bands"])
+        if not all(type(n) is int and least.get(name, 1) <= n < _MOST for name, n in numbers.items()):
+            raise ValueError(f"{fields}; expected whole numbers")
+        return cls(**{**fields, "tile": Tile(**fields["tile"])})
 
 
 @dataclass(frozen=True)
@@ -142,13 +159,13 @@ def query_tokens(work: Workload, block_tokens: int) -> int:
 
 
 def partial_bytes(work: Workload, rows: int) -> int:
-    """Return the size of a partial of so many query rows: out, and lse in float64."""
-    return work.group * rows * (work.partial_itemsize * work.value_dim + 8)
+    """Return the size of the partials of so many query rows."""
+    return rows * work.row_bytes
 
 
 def leaving_bytes(work: Workload, rows: int) -> int:
-    """Return the size of a row chunk as it leaves a device: rounded for the output, lse in float32; in whole pages."""
-    return work.group * rows * (work.value_dim * work.out_itemsize + 4) + 2 * PAGE_BYTES
+    """Return the size of a row chunk as it leaves a device, rounded for the output, in whole pages."""
+    return rows * work.left_bytes + 2 * PAGE_BYTES
 
 
 def partial_file_bytes(work: Workload, rows: int, columns: int) -> int:
@@ -157,43 +174,37 @@ def partial_file_bytes(work: Workload, rows: int, columns: int) -> int:
 
 
 def footprint(
-    work: Workload,
-    rows: Axis,
-    columns: Axis,
-    layout: Layout,
-    stored_partials: int,
-    device: str,
-    host_reserved: int,
+    work: Workload, rows: Axis, columns: Axis, layout: Layout, stored_partials: int, habits: Habits, host_reserved: int
 ) -> Footprint:
     """Return what a run of this layout holds at most, with so many partials on disk at a time."""
     count = rows.chunk_tokens
     block = layout.block_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize
-    tile = _tile(work, min(count, layout.tile.rows), layout, device)
+    narrow = work.compute_itemsize != work.stored_itemsize
+    tile = _tile(work, min(count, layout.tile.rows), layout, own_memory=habits.own_memory)
     on_device = {
         "queries": layout.query_places * work.group * count * work.head_dim * work.compute_itemsize,
-        "partials": layout.resident_rows * partial_bytes(work, count),
+        "partials": layout.resident_rows * partial_bytes(work, count)
+        + layout.resident_columns * work.column_bytes * columns.chunk_tokens,
         "tile": work.calls_at_a_time * sum(tile),
     }
     staged = {"ring": layout.ring_slots * layout.slot_bytes, "cache": layout.cache_slots * layout.slot_bytes}
-    leaving = leaving_bytes(work, count)
-    if device != "cpu":
-        staged["leaving"] = layout.leaving_rows * leaving
-        staged["partials"] = layout.parked_rows * (partial_bytes(work, count) + 2 * PAGE_BYTES)
+    writing = layout.out_tokens * 3 * work.value_dim * work.out_itemsize + 8 * work.group * count
     pageable = {
         "reading": layout.in_flight * work.staging_bytes + work.kept_bytes,
-        "writing": WRITERS[device]
-        * (layout.out_tokens * 3 * work.value_dim * work.out_itemsize + 8 * work.group * count),
+        "writing": habits.writers * writing,
         "output": work.resident_output_bytes,
         "reserved": host_reserved,
     }
     disk = _disk(work, rows, columns, stored_partials) if work.durable else {}
-    if device == "cpu":
-        upcast = {"upcast": block if work.compute_itemsize != work.stored_itemsize else 0}
-        return Footprint({}, {}, {**on_device, **upcast, **staged, **pageable}, disk)
+    if not habits.own_memory:
+        return Footprint({}, {}, {**on_device, "upcast": block * narrow, **staged, **pageable}, disk)
+    leaving = leaving_bytes(work, count)
+    staged["leaving"] = layout.leaving_rows * leaving
+    staged["partials"] = layout.parked_rows * (partial_bytes(work, count) + 2 * PAGE_BYTES)
     pageable["partial staging"] = partial_bytes(work, count)
-    narrow = layout.slot_bytes if work.compute_itemsize != work.stored_itemsize else 0  # as stored, to be upcast
-    on_device |= {"blocks": 2 * block + narrow, "leaving": leaving, "libraries": work.workspace_bytes}
-    held = [on_device[name] for name in ("partials", "leaving", "queries", "libraries")] + [2 * block, narrow]
+    as_stored, blocks = layout.slot_bytes * narrow, habits.block_buffers * block
+    on_device |= {"blocks": blocks + as_stored, "leaving": leaving, "libraries": work.workspace_bytes}
+    held = [on_device[name] for name in ("partials", "leaving", "queries", "libraries")] + [blocks, as_stored]
     whole = segments(held) + work.calls_at_a_time * segments(tile)
     on_device["allocator"] = whole - sum(on_device.values())
     return Footprint(on_device, staged, pageable, disk)
@@ -202,13 +213,13 @@ def footprint(
 def _disk(work: Workload, rows: Axis, columns: Axis, stored_partials: int) -> dict[str, int]:
     """The output; the partials of one lane, one of them being replaced; a header for each row that is finished."""
     return {
-        "output": work.lanes * work.group * rows.tokens * (work.value_dim * work.out_itemsize + 4),
+        "output": work.lanes * rows.tokens * work.left_bytes,
         "partials": (stored_partials + 1) * partial_file_bytes(work, rows.chunk_tokens, columns.chunks)
         + work.lanes * rows.filled * FILE_HEADER_BYTES,
     }
 
 
-def _tile(work: Workload, rows: int, layout: Layout, device: str) -> list[int]:
+def _tile(work: Workload, rows: int, layout: Layout, *, own_memory: bool) -> list[int]:
     """What one kernel call and its merge hold: out, lse and float64 weights, zero-padded operands, scores."""
     width = max(work.head_dim, work.value_dim)
     heads_rows = work.group * rows
@@ -223,8 +234,12 @@ def _tile(work: Workload, rows: int, layout: Layout, device: str) -> list[int]:
             heads_rows * work.head_dim * work.compute_itemsize,
             heads_rows * work.partial_itemsize * work.value_dim,
         ]
-    if work.head_dim != work.value_dim or (device == "cuda" and width % 8):
+    if work.head_dim != work.value_dim or (own_memory and width % _WHOLE_DIMS):
         parts.append((heads_rows + 2 * layout.tile.columns) * (width + 8) * work.compute_itemsize)
+    if work.lower_edges and layout.tile.bands:  # what is added to the scores
+        parts += [layout.tile.edge * layout.tile.columns * work.compute_itemsize]
+    elif work.lower_edges:  # reversed copies of what goes in, and of what comes out
+        parts += [2 * heads_rows * max(work.compute_itemsize, work.partial_itemsize) * (work.head_dim + work.value_dim)]
     columns = max(layout.tile.columns, layout.tile.leaf)
     return [*parts, heads_rows * min(columns, work.score_columns) * work.score_bytes]
 

@@ -15,7 +15,6 @@ class TileTimes:
 
     ``causal``, ``stacked``: the seconds of a causal tile, alone and of several in one call, over those of a full one.
     ``threads`` share the rows of a call in blocks, so that some wait for others; 0: on a device of its own.
-    ``operators[i][j]``: by which of several operators, the fastest there; empty where there is but one.
     """
 
     rows: tuple[int, ...]
@@ -24,28 +23,6 @@ class TileTimes:
     causal: float
     stacked: float
     threads: int = 0
-    operators: tuple[tuple[str, ...], ...] = ()
-
-    @classmethod
-    def fastest(cls, measured: "dict[str, TileTimes]") -> "TileTimes":
-        """Return, for each size of call, the time of the fastest of several operators, timed at the same sizes."""
-        first = next(iter(measured.values()))
-        places = [[(i, j) for j in range(len(first.columns))] for i in range(len(first.rows))]
-        names = tuple(
-            tuple(min(measured, key=lambda name: measured[name].seconds[i][j]) for i, j in row) for row in places
-        )
-        seconds = tuple(tuple(measured[names[i][j]].seconds[i][j] for i, j in row) for row in places)
-        return replace(measured[names[-1][-1]], seconds=seconds, operators=names)
-
-    def operator(self, rows: int, columns: int) -> str | None:
-        """Return the fastest operator for the nearest measured size of call; None where there is but one."""
-        if not self.operators:
-            return None
-        i, j = (
-            min(range(len(sizes)), key=lambda n: abs(log(size / sizes[n])))
-            for sizes, size in ((self.rows, rows), (self.columns, columns))
-        )
-        return self.operators[i][j]
 
     @classmethod
     def nominal(cls, flops_per_s: float, width: int, call_s: float) -> "TileTimes":
@@ -106,8 +83,7 @@ class Speeds:
     ``file_s``: seconds for a small durable file, ``file_lost_s``: by which it delays the kernels that run meanwhile;
     ``block_s``: for handing a block from thread to thread.
     ``read_cpu_s``, ``check_cpu_s``, ``expand_cpu_s``: processor seconds to read a byte, plainly, of chunks with a
-    checksum, and of compressed ones. ``on_processor``: kernels run there too, and whatever else does delays them by as
-    long as it takes, since the threads of a kernel wait for the slowest of them.
+    checksum, and of compressed ones.
     """
 
     read_bytes_per_s: float
@@ -120,7 +96,6 @@ class Speeds:
     read_cpu_s: float
     check_cpu_s: float
     expand_cpu_s: float
-    on_processor: bool
 
 
 @dataclass(frozen=True)

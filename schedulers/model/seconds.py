@@ -8,11 +8,12 @@ everything.
 from dataclasses import dataclass
 
 from cqsa_stream.schedulers.grid import Grid
-from cqsa_stream.schedulers.masks.bands import Mask
+from cqsa_stream.schedulers.masks.calls import calls
 from cqsa_stream.schedulers.model.memory import FILE_HEADER_BYTES, Layout, Workload, partial_file_bytes
 from cqsa_stream.schedulers.model.rates import Rates, Speeds, TileTimes
 from cqsa_stream.schedulers.model.traffic import Traffic
-from cqsa_stream.schedulers.schedules import Schedule
+from cqsa_stream.schedulers.residency import pieces
+from cqsa_stream.schedulers.tasks import Schedule
 
 __all__ = ["Cost", "cost", "kernel_s"]
 
@@ -54,19 +55,19 @@ def cost(
     ``cold_bytes`` come from the disk, the rest of what is fetched from the system's page cache.
     """
     grid, speeds = schedule.grid, rates.speeds
-    staging = _staged_bytes(work, traffic, speeds) / speeds.stage_bytes_per_s
+    staging = _staged_bytes(work, traffic, layout) / speeds.stage_bytes_per_s
     reader = _reader_s(traffic, speeds) + touched_bytes / speeds.touch_bytes_per_s
-    files, data = _finishing(work, grid, layout) if work.durable else (0, 0)
+    files, data = _finishing(work, grid, layout)
     finished, finish = grid.rows.filled * work.lanes, files * speeds.file_s + data / speeds.write_bytes_per_s
     compute = kernel + traffic.blocks * speeds.block_s + _spilling_s(traffic, speeds)
-    compute += staging + reader if speeds.on_processor else 0.0
+    compute += staging + reader if layout.in_place else 0.0  # threads of a kernel wait for the slowest of them
     compute += finished * files * speeds.file_lost_s
     warm_bytes = traffic.fetched_bytes - cold_bytes
     read = max(reader, cold_bytes / speeds.read_bytes_per_s + warm_bytes * speeds.read_cpu_s)
     write = finished * finish
     first = schedule.rows_per_task * work.group * grid.rows.chunk_tokens * work.head_dim * work.stored_itemsize
     fill = (min(first, traffic.fetched_bytes) + 2 * layout.slot_bytes) / speeds.read_bytes_per_s
-    drain = finish * min(_rows_ending_together(schedule), grid.rows.filled)
+    drain = finish * min(schedule.ending_together(), grid.rows.filled)
     waiting = _waits(schedule, layout) * finish * work.lanes
     seconds = fill + max(compute + waiting, staging, read, write) + drain
     checkpoints, partials, each = _checkpoints(work, schedule, layout, traffic, checkpoint_every_s, seconds)
@@ -85,10 +86,10 @@ def cost(
     )
 
 
-def _staged_bytes(work: Workload, traffic: Traffic, speeds: Speeds) -> int:
+def _staged_bytes(work: Workload, traffic: Traffic, layout: Layout) -> int:
     """Bytes that are copied to where the kernel reads; on the CPU it reads keys of its own dtype where they stand."""
     staged = traffic.query_tokens * work.group * work.head_dim
-    if work.compute_itemsize != work.stored_itemsize or not speeds.on_processor:
+    if work.compute_itemsize != work.stored_itemsize or not layout.in_place:
         staged += traffic.key_tokens * (work.head_dim + work.value_dim)
     return staged * work.compute_itemsize
 
@@ -121,82 +122,77 @@ def _checkpoints(
 
 
 def _finishing(work: Workload, grid: Grid, layout: Layout) -> tuple[int, int]:
-    """Files and bytes of one row chunk's output, its lse, and the word that it is finished."""
+    """Files and bytes of one row chunk's output, its lse, and the header that says it is finished."""
+    if not work.durable:
+        return 0, 0
     rows = min(grid.rows.chunk_tokens, grid.rows.tokens)
     files = work.group * (-(-rows // layout.out_tokens) + 1) + 1
-    return files, work.group * rows * (work.value_dim * work.out_itemsize + 4) + FILE_HEADER_BYTES
-
-
-def _rows_ending_together(schedule: Schedule) -> int:
-    """How many rows need their last column at the same time: those of a task, where all see all keys."""
-    last = [len(needed) for needed in schedule.grid.needed if needed]
-    if schedule.name == "rectangular" and len(set(last[-schedule.rows_per_task :])) > 1:
-        return 1
-    return schedule.rows_per_task
+    return files, rows * work.left_bytes + FILE_HEADER_BYTES
 
 
 def _waits(schedule: Schedule, layout: Layout) -> float:
     """For how many finished rows of a lane the next task waits, because their places are not free yet."""
-    if layout.leaving_rows:  # they leave at once, from elsewhere
+    if not layout.in_place:  # they leave at once, from elsewhere
         return 0.0
-    spare = layout.resident_rows - schedule.rows_per_task
-    if schedule.name == "cqs":
-        return schedule.grid.rows.filled * max(0.0, 1 - spare / schedule.rows_per_task)
-    return max(0, _rows_ending_together(schedule) - spare) * len(schedule)
+    together, spare = schedule.ending_together(), layout.resident_rows - schedule.rows_per_task
+    return schedule.grid.rows.filled / schedule.rows_per_task * max(0, together - spare)
 
 
-def kernel_s(work: Workload, grid: Grid, layout: Layout, mask: Mask, tiles: TileTimes) -> float:
+def kernel_s(work: Workload, grid: Grid, layout: Layout, tiles: TileTimes) -> float:
     """Return the seconds of all kernel calls of all lanes, from those of some rows, evenly spread."""
     filled = grid.rows.filled
     count = min(filled, _ROWS_SAMPLED)
     sampled = [round((i + 0.5) * filled / count - 0.5) for i in range(count)]
     known: dict[tuple[int, int, int], float] = {}
-    total = sum(_row_s(row, work, grid, layout, mask, tiles, known) for row in sampled)
-    pairs = sum(len(grid.needed[row]) for row in sampled)
+    total = sum(_row_s(row, work, grid, layout, tiles, known) for row in sampled)
+    pairs = sum(len(grid.needed(row)) for row in sampled)
     return work.lanes * total * (grid.pairs / pairs if pairs else 0.0)
 
 
 def _row_s(
-    row: int,
-    work: Workload,
-    grid: Grid,
-    layout: Layout,
-    mask: Mask,
-    tiles: TileTimes,
-    known: dict[tuple[int, int, int], float],
+    row: int, work: Workload, grid: Grid, layout: Layout, tiles: TileTimes, known: dict[tuple[int, int, int], float]
 ) -> float:
     """Seconds of one row chunk: columns that all its rows see take as long as each other."""
-    span, columns = grid.rows.span(row), grid.needed[row]
-    first, last = mask.seen_by(span.start), mask.seen_by(span.stop - 1)
-    start, stop = max(first.start, last.start), min(first.stop, last.stop)
-    unit = grid.columns.chunk_tokens
-    whole = range(max(columns.start, -(-start // unit)), min(columns.stop, stop // unit))
+    span, axis = grid.rows.span(row), grid.columns
+
+    def pair_s(column: int) -> float:
+        return _pair_s(span, axis.span(column), work, grid, layout, tiles, known)
+
     seconds = 0.0
-    if whole:
-        seconds = len(whole) * _pair_s(span, grid.columns.span(whole.start), work, layout, mask, tiles, known)
-    for column in (*range(columns.start, whole.start), *range(whole.stop, columns.stop)) if whole else columns:
-        seconds += _pair_s(span, grid.columns.span(column), work, layout, mask, tiles, known)
+    for needed in grid.needed(row).ranges:
+        whole = _seen_by_all(grid, span, needed)
+        seconds += len(whole) * pair_s(whole.start) if whole else 0.0
+        seconds += sum(map(pair_s, [*range(needed.start, whole.start), *range(whole.stop, needed.stop)]))
     return seconds
+
+
+def _seen_by_all(grid: Grid, rows: range, columns: range) -> range:
+    """Return the longest range of column chunks, of these, all whose keys all these rows see by one band."""
+    size = grid.columns.chunk_tokens
+    found = range(columns.start, columns.start)
+    for band in grid.mask.cut(rows, grid.columns.all):
+        seen = band.seen_by_all if band.rows == rows else range(0)
+        whole = range(max(columns.start, -(-seen.start // size)), min(columns.stop, seen.stop // size))
+        found = max(found, whole, key=len)
+    return found
 
 
 def _pair_s(
     rows: range,
     keys: range,
     work: Workload,
+    grid: Grid,
     layout: Layout,
-    mask: Mask,
     tiles: TileTimes,
     known: dict[tuple[int, int, int], float],
 ) -> float:
-    seen = mask.scores(rows, keys)
-    kind = (len(rows), len(keys), seen)
+    kind = (len(rows), len(keys), grid.mask.scores(rows, keys))
     if kind not in known:
-        total = 0.0
-        for start in range(keys.start, keys.stop, layout.block_tokens):
-            block = range(start, min(start + layout.block_tokens, keys.stop))
-            for call in mask.calls(rows, block, layout.tile):
-                side = len(call.rows) // call.tiles
-                columns = len(call.columns) // call.tiles
-                total += tiles.call_s(work.group * side, columns, call.mask == "causal", call.tiles)
-        known[kind] = total
+        known[kind] = sum(
+            tiles.call_s(work.group * call.height, len(call.columns), True, call.tiles)
+            if call.triangle
+            else tiles.tile_s(work.group * len(call.rows), len(call.columns))  # a stack is as fast as its rows in one
+            for block in pieces(keys, layout.block_tokens)
+            for call in calls(grid.mask, rows, block, layout.tile)
+        )
     return known[kind]

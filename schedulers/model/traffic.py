@@ -1,21 +1,27 @@
-"""What a schedule moves, in bytes: counted by going through its tasks where they are few, else estimated.
+"""What a schedule moves, in bytes: counted task by task where they are few, else from a sample of them.
 
 Counting is a dry run: the same tasks, the same fetches, the same choice of what leaves memory as in the engine.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.model.memory import FILE_HEADER_BYTES, Layout, Workload, partial_bytes, partial_file_bytes
-from cqsa_stream.schedulers.residency import Residency, fetches, pieces
-from cqsa_stream.schedulers.schedules import Rectangular, Schedule, Task, gaps
+from cqsa_stream.schedulers.grid import Axis
+from cqsa_stream.schedulers.model.memory import (
+    FILE_HEADER_BYTES,
+    Layout,
+    Workload,
+    partial_bytes,
+    partial_file_bytes,
+)
+from cqsa_stream.schedulers.residency import Residency, Standing, pieces
+from cqsa_stream.schedulers.tasks import NEVER, Schedule, Task
 
-__all__ = ["Stored", "Traffic", "blocks_of_chunk", "countable", "counted", "estimated", "kept"]
+__all__ = ["Fetch", "Stored", "Traffic", "blocks_of_chunk", "fetches", "moved"]
 
 _MOST_COUNTED = 12_000  # fetches; more would take longer than planning should
-_CHUNKS_SAMPLED = 64
+_TASKS_SAMPLED, _CHUNKS_SAMPLED, _PARTS_SAMPLED = 16, 24, 16
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,9 @@ class Stored:
     """How an array lies on disk: what a read of some tokens fetches.
 
     ``heads_fetched`` are those of ``lanes`` lanes, which may share chunks that hold several heads. ``encoding``: "raw"
-    where any range of bytes can be read, else what a reader does with each chunk. ``leaf_bytes``: where a chunk is read
-    whole only the first time, and then in pieces of this size. ``past_cache``: it is read from the disk every time.
+    where any range of bytes can be read; "checked" where that is so once a chunk was read whole, with ``heads_checked``
+    heads in all, ``heads_first`` of them asked for then; "compressed" where chunks are always read whole. ``first``:
+    the place of the first token that is used. ``past_cache``: it is read from the disk every time.
     """
 
     axis_tokens: int
@@ -33,33 +40,64 @@ class Stored:
     row_bytes: int
     encoding: Literal["raw", "checked", "compressed"] = "raw"
     lanes: int = 1
+    first: int = 0
     in_memory: bool = False
-    leaf_bytes: int = 0
+    heads_checked: int = 0
+    heads_first: int = 0
     past_cache: bool = False
 
+    @property
+    def bytes(self) -> int:
+        """What reading all tokens of its lanes once fetches."""
+        return self.axis_tokens * self.heads_fetched * self.row_bytes
+
     def fetched_bytes(self, span: range) -> int:
-        """Return the bytes fetched to read a span in each of the lanes: stored chunks, or their leaves, come whole."""
-        if not span:
-            return 0
-        if self.leaf_bytes:
-            return sum(self._leaves(span, chunk) for chunk in self.chunks(span)) * self.heads_fetched
-        first = span.start // self.chunk_tokens * self.chunk_tokens
-        stop = min(-(-span.stop // self.chunk_tokens) * self.chunk_tokens, self.axis_tokens)
-        return (stop - first) * self.heads_fetched * self.row_bytes
+        """Return the bytes fetched to read a span of used tokens in each of the lanes, of chunks read before."""
+        start, stop = span.start + self.first, span.stop + self.first
+        if span and self.encoding == "compressed":
+            start = start // self.chunk_tokens * self.chunk_tokens
+            stop = min(-(-stop // self.chunk_tokens) * self.chunk_tokens, self.axis_tokens)
+        return (stop - start) * self.heads_fetched * self.row_bytes
 
     def chunks(self, span: range) -> range:
-        """Return the stored chunks that hold any of a span."""
-        return range(span.start // self.chunk_tokens, (span.stop - 1) // self.chunk_tokens + 1)
+        """Return the stored chunks that hold any of a span of used tokens and are read whole the first time."""
+        if self.encoding != "checked" or not span:
+            return range(0)
+        return range(
+            (span.start + self.first) // self.chunk_tokens, (span.stop - 1 + self.first) // self.chunk_tokens + 1
+        )
 
     def rest_bytes(self, span: range, chunk: int) -> int:
-        """Return what the first read of a chunk fetches besides the leaves that hold the span."""
-        return (self.chunk_tokens * self.row_bytes - self._leaves(span, chunk)) * self.heads_fetched
+        """Return what the first read of a chunk fetches besides the span."""
+        start, stop = chunk * self.chunk_tokens, (chunk + 1) * self.chunk_tokens
+        tokens = min(stop, span.stop + self.first) - max(start, span.start + self.first)
+        return (self.chunk_tokens * self.heads_checked - tokens * self.heads_first) * self.row_bytes
 
-    def _leaves(self, span: range, chunk: int) -> int:
-        start = chunk * self.chunk_tokens
-        first = max(0, span.start - start) * self.row_bytes // self.leaf_bytes * self.leaf_bytes
-        last = min(self.chunk_tokens, span.stop - start) * self.row_bytes
-        return min(-(-last // self.leaf_bytes) * self.leaf_bytes, self.chunk_tokens * self.row_bytes) - first
+
+class Fetch(NamedTuple):
+    """Some tokens of a lane, of the query rows or of the keys; ``next_use`` is larger the later they are used again."""
+
+    array: Literal["query", "key", "value"]
+    tokens: range
+    next_use: int
+
+
+def fetches(schedule: Schedule, task: Task, layout: Layout) -> Iterator[Fetch]:
+    """Yield what a task uses, in that order: its rows' queries, then keys and values by blocks."""
+    rows, columns = schedule.grid.rows, schedule.grid.columns
+    per_row, per_column = -(-rows.chunk_tokens // layout.query_tokens), -(-columns.chunk_tokens // layout.block_tokens)
+    first_block = rows.chunks * per_row
+    period = first_block + 2 * columns.chunks * per_column  # places in a task, those of all chunks
+    for row in task.rows:
+        later = schedule.next_row(row, task.number)
+        for index, tokens in enumerate(pieces(rows.span(row), layout.query_tokens)):
+            yield Fetch("query", tokens, later if later == NEVER else later * period + row * per_row + index)
+    for column in task.columns:
+        later = schedule.next_column(column, task.number)
+        for index, tokens in enumerate(pieces(columns.span(column), layout.block_tokens)):
+            place = later if later == NEVER else later * period + first_block + 2 * (column * per_column + index)
+            yield Fetch("key", tokens, place)
+            yield Fetch("value", tokens, place + 1)
 
 
 @dataclass(frozen=True)
@@ -67,8 +105,8 @@ class Traffic:
     """What all lanes move. Of the arrays ``fetched_bytes``, some of them checked against a checksum, some compressed.
 
     ``query_tokens`` and ``key_tokens`` go to the kernel's memory, each as often as it is used, in ``blocks``.
-    ``spills``: partials written before their time, ``restores``: read back; their files have ``spilled_bytes`` and
-    ``restored_bytes``. ``parked_bytes`` of partials go between device and host memory.
+    ``spills``: partials written before their time; their files have ``spilled_bytes``, and ``restored_bytes`` are read
+    back. ``parked_bytes`` of partials go between device and host memory. ``finished_bytes``: output and last headers.
     """
 
     fetched_bytes: int
@@ -78,7 +116,6 @@ class Traffic:
     key_tokens: int
     blocks: int
     spills: int
-    restores: int
     spilled_bytes: int
     restored_bytes: int
     parked_bytes: int
@@ -93,248 +130,23 @@ class Traffic:
         return self.spilled_bytes + self.finished_bytes
 
 
-def countable(schedule: Schedule, layout: Layout) -> bool:
-    """Return whether counting takes a moment only."""
-    if schedule.name == "cqs" and 4 * len(schedule) * schedule.rows_per_task > _MOST_COUNTED:
-        return False  # each visit of a row looks for the partial that is to leave
-    return _fetches(schedule, layout) <= _MOST_COUNTED or _streams(schedule, layout)
+Arrays = tuple[Stored, Stored, Stored]
+
+
+def moved(work: Workload, schedule: Schedule, layout: Layout, arrays: Arrays, *, exactly: bool = True) -> Traffic:
+    """Return what a schedule moves: counted task by task where that takes a moment only, else from a sample."""
+    count = _Count(work, schedule, layout, arrays)
+    if exactly and _fetches(schedule, layout) <= _MOST_COUNTED:
+        return count.all_tasks()
+    return count.sample()
 
 
 def _fetches(schedule: Schedule, layout: Layout) -> int:
     """Return how many fetches a lane has, at most."""
-    visits = len(schedule) * schedule.rows_per_task
-    columns = visits if schedule.name == "cqs" else len(schedule) * schedule.grid.columns.filled
-    queries = visits * -(-schedule.grid.rows.chunk_tokens // layout.query_tokens)
-    return queries + 2 * columns * -(-schedule.grid.columns.chunk_tokens // layout.block_tokens)
-
-
-def _streams(schedule: Schedule, layout: Layout) -> bool:
-    """Whether a task uses so many blocks, and the host so few buffers, that the next finds none of them there.
-
-    (Tasks that hold chunks past the end use fewer, and may find some.)
-    """
-    used = 2 * (schedule.rows_per_task - 2)
-    return schedule.name == "cqs" and not layout.cache_slots and used >= layout.ring_slots
-
-
-def counted(
-    work: Workload, schedule: Schedule, layout: Layout, arrays: tuple[Stored, Stored, Stored], first_query: int
-) -> Traffic:
-    """Go through the tasks of one lane as the engine will, and count."""
-    count = _Count(work, schedule, layout, arrays, first_query)
-    whole = schedule.grid.rows.filled == len(schedule)
-    every_time = _streams(schedule, layout) and (whole or _fetches(schedule, layout) > _MOST_COUNTED)
-    for number, task in enumerate(schedule.tasks(0)):
-        count.rows(number, task.rows)
-        if every_time:
-            count.fetch_all(task)
-        else:
-            for fetch in fetches(schedule, number, task, layout):
-                count.fetch(fetch.array, fetch.tokens, fetch.next_use)
-        for row, pairs in task.pairs_by_row().items():
-            count.computed(row, pairs)
-    return _of_all_lanes(work, schedule.grid, count.traffic(), arrays[0].lanes)
-
-
-class _Count:
-    """The state of a dry run over one lane."""
-
-    def __init__(
-        self,
-        work: Workload,
-        schedule: Schedule,
-        layout: Layout,
-        arrays: tuple[Stored, Stored, Stored],
-        first_query: int,
-    ) -> None:
-        self._work, self._schedule, self._grid, self._layout = work, schedule, schedule.grid, layout
-        self._arrays = dict(zip(("query", "key", "value"), arrays, strict=True))
-        self._offset = {"query": first_query, "key": 0, "value": 0}
-        self._slots = Residency(layout.slots, layout.ring_slots - 1)
-        self._known: dict[tuple[str, int, int], int] = {}
-        self._checked: set[tuple[str, int]] = set()  # stored chunks that have been read whole
-        self._whole: dict[tuple[str, int], tuple[int, int, int]] = {}
-        self._left = [len(needed) for needed in self._grid.needed]
-        self._begun: set[int] = set()
-        self._resident: dict[int, None] = {}
-        self._parked: dict[int, None] = {}
-        self._parking = 0
-        self._spills = self._restores = self._spilled = self._restored = 0
-        self._fetched = {"raw": 0, "checked": 0, "compressed": 0}
-        self._tokens = {"query": 0, "key": 0, "value": 0}
-        self._blocks = 0
-
-    def rows(self, number: int, rows: tuple[int, ...]) -> None:
-        """Bring the rows' partials to the device, as ``HeldRows`` does."""
-
-        def later(row: int) -> int:
-            return self._schedule.next_row(row, number)
-
-        for row in rows:
-            if row in self._resident:
-                continue
-            if len(self._resident) == self._layout.resident_rows:
-                out = max((r for r in self._resident if r not in rows), key=later)
-                del self._resident[out]
-                self._leave(out, later)
-            if row in self._parked:
-                del self._parked[row]
-                self._parking += partial_bytes(self._work, len(self._grid.rows.span(row)))
-            elif row in self._begun:
-                self._restores += 1
-                self._restored += self._file_bytes(row)
-            self._begun.add(row)
-            self._resident[row] = None
-
-    def _leave(self, row: int, later: Callable[[int], int]) -> None:
-        if len(self._parked) < self._layout.parked_rows:
-            out = None
-        else:
-            out = max((row, *self._parked), key=later)
-            self._spills += 1
-            self._spilled += self._file_bytes(out)
-        if out != row:
-            self._parked[row] = None
-            self._parking += partial_bytes(self._work, len(self._grid.rows.span(row)))
-            if out is not None:
-                del self._parked[out]
-
-    def fetch(self, array: str, tokens: range, next_use: int) -> None:
-        """Count one fetch; what stands in a buffer already is not read."""
-        self._tokens[array] += len(tokens)
-        self._blocks += 1
-        if not self._slots.place((array, tokens.start), next_use)[1]:
-            self._fetched[self._arrays[array].encoding] += self._bytes(array, tokens) + self._first(array, tokens)
-
-    def fetch_all(self, task: Task) -> None:
-        """Count all fetches of a task, none of which stands in a buffer."""
-        for array, chunks in (("query", task.rows), ("key", task.columns), ("value", task.columns)):
-            axis = self._grid.rows if array == "query" else self._grid.columns
-            length = self._layout.query_tokens if array == "query" else self._layout.block_tokens
-            for chunk in chunks:
-                known = self._whole.get((array, chunk))
-                if known is None:
-                    span = axis.span(chunk)
-                    parts = list(pieces(span, length))
-                    known = len(span), len(parts), sum(self._bytes(array, part) for part in parts)
-                    self._whole[array, chunk] = known
-                    self._fetched[self._arrays[array].encoding] += sum(self._first(array, part) for part in parts)
-                self._tokens[array] += known[0]
-                self._blocks += known[1]
-                self._fetched[self._arrays[array].encoding] += known[2]
-
-    def _bytes(self, array: str, tokens: range) -> int:
-        found = self._known.get((array, tokens.start, tokens.stop))
-        if found is None:
-            offset = self._offset[array]
-            found = self._arrays[array].fetched_bytes(range(tokens.start + offset, tokens.stop + offset))
-            self._known[array, tokens.start, tokens.stop] = found
-        return found
-
-    def _first(self, array: str, tokens: range) -> int:
-        """Return the bytes by which a read is longer where it is the first of a stored chunk."""
-        stored, offset = self._arrays[array], self._offset[array]
-        if not stored.leaf_bytes:
-            return 0
-        span = range(tokens.start + offset, tokens.stop + offset)
-        new = [chunk for chunk in stored.chunks(span) if (array, chunk) not in self._checked]
-        self._checked.update((array, chunk) for chunk in new)
-        return sum(stored.rest_bytes(span, chunk) for chunk in new)
-
-    def computed(self, row: int, pairs: int) -> None:
-        self._left[row] -= pairs
-        if not self._left[row]:
-            del self._resident[row]
-
-    def traffic(self) -> Traffic:
-        return Traffic(
-            fetched_bytes=sum(self._fetched.values()),
-            checked_bytes=self._fetched["checked"],
-            compressed_bytes=self._fetched["compressed"],
-            query_tokens=self._tokens["query"],
-            key_tokens=self._tokens["key"],
-            blocks=self._blocks,
-            spills=self._spills,
-            restores=self._restores,
-            spilled_bytes=self._spilled,
-            restored_bytes=self._restored,
-            parked_bytes=self._parking,
-            finished_bytes=0,
-        )
-
-    def _file_bytes(self, row: int) -> int:
-        return partial_file_bytes(self._work, len(self._grid.rows.span(row)), self._grid.columns.chunks)
-
-
-def estimated(
-    work: Workload, schedule: Schedule, layout: Layout, arrays: tuple[Stored, Stored, Stored], first_query: int
-) -> Traffic:
-    """Estimate from how often chunks are used on average, and how many of these uses find them still in memory."""
-    grid = schedule.grid
-    times_row, times_column = schedule.loads()
-    row_hits, column_hits, kept_on_device, kept_rows = _reuse(schedule, layout)
-    fetched = {"raw": 0.0, "checked": 0.0, "compressed": 0.0}
-    for stored, times, axis, length, offset, hits in (
-        (arrays[0], times_row, grid.rows, layout.query_tokens, first_query, row_hits),
-        (arrays[1], times_column, grid.columns, layout.block_tokens, 0, column_hits),
-        (arrays[2], times_column, grid.columns, layout.block_tokens, 0, column_hits),
-    ):
-        fetched[stored.encoding] += _bytes(times, axis, stored, length, offset) * (1 - hits)
-        if stored.leaf_bytes:
-            once = stored.fetched_bytes(range(offset, offset + axis.tokens))
-            fetched[stored.encoding] += once * max(0.0, 1 - length / stored.chunk_tokens)
-    one = partial_file_bytes(work, grid.rows.chunk_tokens, grid.columns.chunks)
-    visits, begun = sum(times_row), sum(1 for n in times_row if n)
-    returns = max(0.0, visits - begun)
-    spills = round((1 - kept_rows) * returns)
-    parked = 2 * (1 - kept_on_device) * returns - 2 * spills
-    return _of_all_lanes(
-        work,
-        grid,
-        Traffic(
-            fetched_bytes=round(sum(fetched.values())),
-            checked_bytes=round(fetched["checked"]),
-            compressed_bytes=round(fetched["compressed"]),
-            query_tokens=round(visits * min(grid.rows.chunk_tokens, grid.rows.tokens)),
-            key_tokens=round(sum(times_column) * min(grid.columns.chunk_tokens, grid.columns.tokens)),
-            blocks=round(
-                visits * -(-grid.rows.chunk_tokens // layout.query_tokens)
-                + 2 * sum(times_column) * -(-grid.columns.chunk_tokens // layout.block_tokens)
-            ),
-            spills=spills,
-            restores=spills,
-            spilled_bytes=spills * one,
-            restored_bytes=spills * one,
-            parked_bytes=round(max(0.0, parked) * partial_bytes(work, grid.rows.chunk_tokens)),
-            finished_bytes=0,
-        ),
-        arrays[0].lanes,
-    )
-
-
-def _reuse(schedule: Schedule, layout: Layout) -> tuple[float, float, float, float]:
-    """Return the shares of queries and of keys that are found in memory; of partials that come back, those found on the
-    device, and those found in memory at all.
-    """
-    grid = schedule.grid
-    if isinstance(schedule, Rectangular):
-        blocks = 2 * -(-grid.columns.chunk_tokens // layout.block_tokens)
-        hits = total = 0
-        before = 0
-        for columns in schedule.columns:
-            streamed = blocks * len(columns)
-            hits += min(layout.cache_slots, before, streamed)
-            total += streamed
-            before = streamed
-        return 0.0, hits / max(1, total), 1.0, 1.0
-    ordered = gaps(grid.rows.chunks, layout.stride)
-    seen = kept(ordered, layout.cache_slots / blocks_of_chunk(grid.rows, layout), 0)
-    returns = max(1, len(ordered) - 1)
-    found = []
-    for places in (layout.resident_rows, layout.resident_rows + layout.parked_rows):
-        all_fit = places >= grid.rows.filled
-        found.append(1.0 if all_fit else min(1.0, kept(ordered, places - schedule.rows_per_task, 1) / returns))
-    return seen / len(ordered), seen / len(ordered), found[0], found[1]
+    visits, grid = len(schedule) * schedule.rows_per_task, schedule.grid
+    columns = min(visits if schedule.returns else len(schedule) * grid.columns.filled, grid.pairs)
+    queries = visits * -(-grid.rows.chunk_tokens // layout.query_tokens)
+    return queries + 2 * columns * -(-grid.columns.chunk_tokens // layout.block_tokens)
 
 
 def blocks_of_chunk(axis: Axis, layout: Layout) -> int:
@@ -342,37 +154,137 @@ def blocks_of_chunk(axis: Axis, layout: Layout) -> int:
     return -(-axis.chunk_tokens // layout.query_tokens) + 2 * -(-axis.chunk_tokens // layout.block_tokens)
 
 
-def kept(ordered: list[int], room: float, free: int) -> float:
-    """Return how many of a chunk's uses fit the room: the soonest, each taking its place until it comes."""
-    number = 0.0
-    for gap in ordered[:-1]:
-        if gap - free > room:
-            return number + room / (gap - free)
-        room -= gap - free
-        number += 1
-    return number
+class _Count:
+    """The state of a dry run over one lane."""
+
+    def __init__(self, work: Workload, schedule: Schedule, layout: Layout, arrays: Arrays) -> None:
+        self._work, self._schedule, self._grid, self._layout = work, schedule, schedule.grid, layout
+        self._arrays = dict(zip(("query", "key", "value"), arrays, strict=True))
+        self._lanes = arrays[0].lanes
+        self._read_whole: set[tuple[str, int]] = set()
+        self._fetched = {"raw": 0.0, "checked": 0.0, "compressed": 0.0}
+        self._tokens = {"query": 0.0, "key": 0.0, "value": 0.0}
+        self._blocks = self._spills = 0.0
+        self._spilled = self._restored = self._parked = 0.0
+
+    def all_tasks(self) -> Traffic:
+        """Go through the tasks as the engine will."""
+        slots = Residency(self._layout.slots, self._layout.ring_slots - 1)
+        standing = Standing(self._layout.resident_rows, self._layout.parked_rows)
+        left, begun = {row: len(self._grid.needed(row)) for row in range(self._grid.rows.filled)}, set[int]()
+        for number in range(len(self._schedule)):
+            task = self._schedule.task(number, 0)
+            self._bring(task, standing, begun)
+            for array, tokens, next_use in fetches(self._schedule, task, self._layout):
+                self._use(array, tokens, present=slots.place((array, tokens.start), next_use).present)
+            for row, _ in task.pairs:
+                left[row] -= 1
+                if not left[row]:
+                    standing.device.free(standing.device.remove(row))
+        return self._traffic()
+
+    def _bring(self, task: Task, standing: Standing, begun: set[int]) -> None:
+        """Bring the rows' partials to the device."""
+        for row in task.rows:
+            brought = standing.bring(row, self._schedule.next_row(row, task.number), task.rows)
+            if brought.evicted is not None and brought.parked_at is not None:
+                self._parked += self._partial_bytes(brought.evicted)
+            if brought.stored is not None:
+                self._spills += 1
+                self._spilled += self._file_bytes(brought.stored)
+            if brought.parked is not None:
+                self._parked += self._partial_bytes(row)
+            elif not brought.present and row in begun:
+                self._restored += self._file_bytes(row)
+            begun.add(row)
+
+    def _use(self, array: str, tokens: range, *, present: bool) -> None:
+        """Count one fetch; what stands in a buffer already is not read."""
+        stored = self._arrays[array]
+        self._tokens[array] += len(tokens)
+        self._blocks += 1
+        if present:
+            return
+        self._fetched[stored.encoding] += stored.fetched_bytes(tokens)
+        for chunk in stored.chunks(tokens):
+            if (array, chunk) not in self._read_whole:
+                self._read_whole.add((array, chunk))
+                self._fetched[stored.encoding] += stored.rest_bytes(tokens, chunk)
+
+    def sample(self) -> Traffic:
+        """Count the uses of some tasks, evenly spread; how many find their block in memory, the schedule estimates."""
+        schedule, layout, grid = self._schedule, self._layout, self._grid
+        sampled = [schedule.chunks_of(number) for number in _spread(range(len(schedule)), _TASKS_SAMPLED)]
+        share = len(schedule) / len(sampled)
+        visits = share * sum(len(rows) for rows, _ in sampled)
+        of_chunk = blocks_of_chunk(grid.columns, layout)
+        again = schedule.found_again(layout.cache_slots / of_chunk)
+        for rows, columns in sampled:
+            self._uses("query", tuple(rows), grid.rows, layout.query_tokens, share, again if schedule.returns else 0.0)
+            for array in ("key", "value"):
+                self._uses(array, columns, grid.columns, layout.block_tokens, share, again)
+        for array, axis, length in (
+            ("query", grid.rows, layout.query_tokens),
+            *((name, grid.columns, layout.block_tokens) for name in ("key", "value")),
+        ):
+            stored = self._arrays[array]
+            if chunks := stored.chunks(axis.all):
+                start = chunks.start * stored.chunk_tokens - stored.first
+                first = range(start, start + min(length, stored.chunk_tokens))
+                self._fetched["checked"] += len(chunks) * stored.rest_bytes(first, chunks.start)
+        returns = max(0.0, visits - grid.rows.filled) if schedule.returns else 0.0
+        places = layout.resident_rows, layout.resident_rows + layout.parked_rows
+        on_device, in_memory = map(schedule.partials_found, places)
+        self._spills = round((1 - in_memory) * returns)
+        one = partial_file_bytes(self._work, grid.rows.chunk_tokens, grid.columns.chunks)
+        self._spilled = self._restored = self._spills * one
+        parked = max(0.0, 2 * (1 - on_device) * returns - 2 * self._spills)
+        self._parked = parked * partial_bytes(self._work, grid.rows.chunk_tokens)
+        return self._traffic()
+
+    def _uses(self, array: str, chunks: Sequence[int], axis: Axis, length: int, share: float, found: float) -> None:
+        """Count the uses of some chunks of an array, ``share`` times; of these ``found`` are not read."""
+        if not chunks:
+            return
+        spans = [axis.span(chunk) for chunk in _spread(chunks, _CHUNKS_SAMPLED)]
+        times, stored = share * len(chunks) / len(spans), self._arrays[array]
+        for span in spans:
+            starts = range(span.start, span.stop, length)
+            parts = [range(start, min(start + length, span.stop)) for start in _spread(starts, _PARTS_SAMPLED)]
+            fetched = sum(map(stored.fetched_bytes, parts)) * len(span) / sum(map(len, parts))
+            self._tokens[array] += times * len(span)
+            self._blocks += times * len(starts)
+            self._fetched[stored.encoding] += times * (1 - found) * fetched
+
+    def _traffic(self) -> Traffic:
+        """Return what all lanes move; what is fetched was counted for some of them."""
+        work, lanes = self._work, self._work.lanes
+        shared = lanes / self._lanes
+        finished = 0
+        if work.durable:
+            finished = self._grid.rows.tokens * work.left_bytes + self._grid.rows.filled * FILE_HEADER_BYTES
+        return Traffic(
+            fetched_bytes=round(sum(self._fetched.values()) * shared),
+            checked_bytes=round(self._fetched["checked"] * shared),
+            compressed_bytes=round(self._fetched["compressed"] * shared),
+            query_tokens=round(self._tokens["query"] * lanes),
+            key_tokens=round(self._tokens["key"] * lanes),
+            blocks=round(self._blocks * lanes),
+            spills=round(self._spills * lanes),
+            spilled_bytes=round(self._spilled * lanes),
+            restored_bytes=round(self._restored * lanes),
+            parked_bytes=round(self._parked * lanes),
+            finished_bytes=finished * lanes,
+        )
+
+    def _partial_bytes(self, row: int) -> int:
+        return partial_bytes(self._work, len(self._grid.rows.span(row)))
+
+    def _file_bytes(self, row: int) -> int:
+        return partial_file_bytes(self._work, len(self._grid.rows.span(row)), self._grid.columns.chunks)
 
 
-def _bytes(times: list[float], axis: Axis, stored: Stored, length: int, offset: int) -> float:
-    """Return the bytes of all uses of an axis' chunks, from those of some chunks, evenly spread."""
-    step = -(-len(times) // _CHUNKS_SAMPLED)
-    total = seen = 0.0
-    for chunk in range(step // 2, len(times), step):
-        if times[chunk]:
-            span = axis.span(chunk)
-            start, stop = span.start + offset, span.stop + offset
-            one = sum(stored.fetched_bytes(range(i, min(i + length, stop))) for i in range(start, stop, length))
-            total, seen = total + times[chunk] * one, seen + times[chunk]
-    return total * sum(times) / seen if seen else 0.0
-
-
-def _of_all_lanes(work: Workload, grid: Grid, lane: Traffic, lanes: int) -> Traffic:
-    """Return what all lanes move; what is fetched was counted for so many of them."""
-    finished = 0
-    if work.durable:
-        tokens = work.group * grid.rows.tokens
-        finished = tokens * (work.value_dim * work.out_itemsize + 4) + grid.rows.filled * FILE_HEADER_BYTES
-    values = {name: value * work.lanes for name, value in vars(replace(lane, finished_bytes=finished)).items()}
-    for name in ("fetched_bytes", "checked_bytes", "compressed_bytes"):
-        values[name] //= lanes
-    return Traffic(**values)
+def _spread(items: Sequence[int], most: int) -> list[int]:
+    """Return at most so many of the items, each from the middle of an equal part."""
+    count = min(most, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

@@ -1,1 +1,1 @@
-"""Reading token arrays: one format a file."""
+"""Reading token arrays, and what readers share."""

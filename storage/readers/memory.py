@@ -2,10 +2,9 @@
 
 from typing import Any, ClassVar, Literal
 
-import ml_dtypes
 import numpy as np
 
-from cqsa_stream.storage.dtypes import FLOATS, numpy_dtype
+from cqsa_stream.storage.dtypes import DTYPES, ML_DTYPES, numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 
 __all__ = ["MemoryArray", "copy_rows", "refuse_special"]
@@ -16,7 +15,7 @@ class MemoryArray:
 
     source = "memory"
     staging_bytes = 0
-    leaf_bytes = kept_bytes = 0
+    kept_bytes = 0
     encoding: ClassVar[Literal["raw"]] = "raw"
 
     def __init__(self, values: np.ndarray, *, token_major: bool = False) -> None:
@@ -43,8 +42,8 @@ class MemoryArray:
         try:
             host = tensor.detach().resolve_neg().cpu()
             plain = {1: torch.uint8, 2: torch.uint16}
-            renamed = hasattr(ml_dtypes, name) and name in FLOATS
-            values = host.view(plain[host.itemsize]).numpy().view(numpy_dtype(name)) if renamed else host.numpy()
+            same = name not in ML_DTYPES
+            values = host.numpy() if same else host.view(plain[host.itemsize]).numpy().view(numpy_dtype(name))
         except Exception as error:  # each kind of tensor that has no numbers raises what it likes
             raise ArrayError(
                 f"a tensor whose numbers cannot be had ({error}); expected a plain torch.Tensor"
@@ -89,7 +88,7 @@ def refuse_special(values: np.ndarray) -> None:
         raise ArrayError(f"a subclass of numpy.ndarray ({kind}); expected a plain one: numpy.asarray(array)")
     dtype = values.dtype
     if dtype.hasobject or dtype.names is not None or dtype.name.startswith(("void", "str", "bytes")):
-        raise ArrayError(f"a numpy array of dtype {dtype}; expected one of {', '.join(FLOATS)}: convert the array")
+        raise ArrayError(f"a numpy array of dtype {dtype}; expected one of {', '.join(DTYPES)}: convert the array")
     if not dtype.isnative:
         raise ArrayError(
             f"a numpy array of dtype {dtype.str}; expected the machine's own byte order: "
@@ -115,5 +114,5 @@ def _refuse_special_tensor(tensor: Any, name: str) -> None:
         raise ArrayError(f"a tensor of layout {tensor.layout} on {tensor.device}; expected a dense (strided) one")
     if tensor.is_quantized:
         raise ArrayError(f"a quantized tensor of dtype {name}; expected plain numbers: tensor.dequantize()")
-    if name not in FLOATS and (name.startswith("float") or tensor.is_complex()):
-        raise ArrayError(f"a tensor of dtype {name}; expected one of {', '.join(FLOATS)}")
+    if name not in DTYPES and (name.startswith("float") or tensor.is_complex()):
+        raise ArrayError(f"a tensor of dtype {name}; expected one of {', '.join(DTYPES)}")

@@ -1,14 +1,17 @@
 """Arrays whose numbers lie in files as they are: Zarr without compression, .npy, safetensors, plain files.
 
 Such an array is a grid of *units*: C-ordered blocks of numbers, each in one run of bytes. A unit is a file behind its
-header (``WholeFiles``) or an inner chunk of a shard (``zarr_files.Shards``). Any range of a unit can be read straight
-into the caller's buffer; of units that carry a checksum, as ``checked`` says.
+header (``WholeFiles``) or an inner chunk of a shard (``zarr_plain.Shards``). Any range of a unit can be read straight
+into the caller's buffer. A unit that carries a CRC-32C is read whole, and checked, the first time that it is met in a
+session; from then on its ranges are read as they are.
 """
 
 import math
 import os
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,21 +20,13 @@ import numpy as np
 
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
-from cqsa_stream.storage.readers.checked import Checks, Wanted
-from cqsa_stream.storage.readers.ranges import (
-    CHECKED_STAGING_BYTES,
-    PAGE,
-    PIECE_BYTES,
-    STAGING_BYTES,
-    StoredFile,
-    cut,
-    read_pieces,
-)
+from cqsa_stream.storage.readers.chunks import split
+from cqsa_stream.storage.readers.files import StoredFile
+from cqsa_stream.storage.readers.ranges import BESIDES_BYTES, PAGE, PART_BYTES, Unit, Wanted, read_units
 
-__all__ = ["CACHED_BYTES", "CURES", "RawArray", "UnitFiles", "WholeFiles", "lazy_product", "split"]
+__all__ = ["CACHED_BYTES", "CURES", "RawArray", "UnitFiles", "WholeFiles", "lazy_product"]
 
 CACHED_BYTES = 8 << 20  # arrays up to this size are read through the page cache: they cannot fill it
-_LEAST_PIECE_BYTES = 1 << 20
 CURES = (
     "writers may leave out chunks that hold only the fill value: write them with write_empty_chunks=True "
     "(zarr-python), or read them as the fill value with --fill-missing"
@@ -100,21 +95,17 @@ class RawArray:
     checked: bool = False
     in_flight: int = 4
     bytes_read: int = 0
-
-    def __post_init__(self) -> None:
-        self.checks = self._new_checks()
+    _good: np.ndarray = field(default_factory=lambda: np.zeros(0, bool), init=False)  # units found good in this session
+    _checking: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def staging_bytes(self) -> int:
-        return CHECKED_STAGING_BYTES if self.checked else STAGING_BYTES
-
-    @property
-    def leaf_bytes(self) -> int:
-        return self.checks.leaf_bytes if self.checks else 0
+        return PART_BYTES[self.checked] + BESIDES_BYTES
 
     @property
     def kept_bytes(self) -> int:
-        return (self.checks.kept_bytes if self.checks else 0) + self.files.kept_bytes(self.shape)
+        """Return the memory of a flag for each unit that is checked, and of what is remembered of files."""
+        return (math.prod(self._cells) if self.checked else 0) + self.files.kept_bytes(self.shape)
 
     @property
     def stored_chunk(self) -> tuple[int, ...]:
@@ -134,33 +125,31 @@ class RawArray:
 
     def begin(self, in_flight: int) -> None:
         self.in_flight = in_flight
-        self.checks = self._new_checks()
+        self._good = np.zeros(0, bool)
 
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
-        length = _piece_bytes(buffer.nbytes, self.in_flight)
-        if self.checks is not None:
-            with self.checks.lock:
-                reads = [
-                    self.checks.plan(*self.files.locate(cell), cell, wanted, length)
-                    for cell, wanted in self._units(batch, heads, tokens, buffer)
-                ]
-                pieces = [piece for read in reads for piece in read.pieces]
-                segments = iter(read_pieces(pieces, self.in_flight))
-                for read in reads:
-                    self.checks.confirm(read, [next(segments) for _ in read.pieces])
-        else:
-            pieces = []
-            for cell, wanted in self._units(batch, heads, tokens, buffer):
-                file, start = self.files.locate(cell)
-                for part in wanted:
-                    pieces += cut(file, start + part.start, len(part.place), part.place, length)
-            read_pieces(pieces, self.in_flight)
-        fetched = sum(piece.length for piece in pieces)
-        self.bytes_read += fetched  # nothing is called in between: no other thread's figure is lost
+        with self._checking if self.checked else nullcontext():  # two reads of one unit must not both be the first
+            new, units = [], []
+            for cell, wanted in self._wanted(batch, heads, tokens, buffer):
+                checked = self.checked and not self._is_good(cell)
+                new += [cell] * checked
+                units.append(Unit(*self.files.locate(cell), self._unit_bytes, wanted, checked))
+            read_units(units, self.in_flight, PART_BYTES[self.checked])
+            for cell in new:
+                self._good[cell] = True
+        self.bytes_read += sum(unit.fetched_bytes for unit in units)  # nothing is called in between: no figure is lost
+
+    def _is_good(self, cell: tuple[int, ...]) -> bool:
+        if not self._good.size:  # not before: metadata may claim more units than memory holds flags
+            self._good = np.zeros(self._cells, bool)
+        return bool(self._good[cell])
 
     def check(self) -> None:
-        cells = lazy_product([range(-(-n // m)) for n, m in zip(self.shape, self.files.unit, strict=True)])
-        self.files.check(cells)
+        self.files.check(lazy_product([range(n) for n in self._cells]))
+
+    @property
+    def _cells(self) -> tuple[int, ...]:
+        return tuple(-(-n // m) for n, m in zip(self.shape, self.files.unit, strict=True))
 
     @property
     def _row_bytes(self) -> int:
@@ -175,13 +164,7 @@ class RawArray:
         unit = self.files.unit
         return (((batch % unit[0]) * unit[1] + head % unit[1]) * unit[2] + token % unit[2]) * self._row_bytes
 
-    def _new_checks(self) -> Checks | None:
-        if not self.checked:
-            return None
-        cells = tuple(-(-n // m) for n, m in zip(self.shape, self.files.unit, strict=True))
-        return Checks(cells, self._unit_bytes, one_head=self.files.unit[:2] == (1, 1))
-
-    def _units(
+    def _wanted(
         self, batch: int, heads: range, tokens: range, buffer: np.ndarray
     ) -> Iterator[tuple[tuple[int, ...], list[Wanted]]]:
         """Yield (cell in the grid of units, what is wanted of it in ascending order) for each unit that is met."""
@@ -192,21 +175,6 @@ class RawArray:
                 rows = buffer[head - heads.start, span.start - tokens.start : span.stop - tokens.start]
                 wanted.append(Wanted(self._position(batch, head, span.start), rows.reshape(-1).view(np.uint8)))
             yield (batch // unit[0], some.start // unit[1], span.start // unit[2], 0), wanted
-
-
-def _piece_bytes(total: int, in_flight: int) -> int:
-    """Return the length of pieces: long, but so many that all readers have work."""
-    each = -(-total // (in_flight * PAGE)) * PAGE
-    return min(PIECE_BYTES, max(_LEAST_PIECE_BYTES, each))
-
-
-def split(tokens: range, length: int) -> Iterator[range]:
-    """Cut a range at the multiples of a length."""
-    start = tokens.start
-    while start < tokens.stop:
-        stop = min(tokens.stop, (start // length + 1) * length)
-        yield range(start, stop)
-        start = stop
 
 
 def lazy_product(axes: list[range]) -> Iterator[tuple[int, ...]]:

@@ -5,14 +5,15 @@ import math
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cqsa_stream.storage.dtypes import FLOATS, numpy_dtype
+from cqsa_stream.storage.dtypes import DTYPES, numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.readers.plain import RawArray, WholeFiles
 
-__all__ = ["open_memmap", "open_npy", "open_plain", "open_safetensors"]
+__all__ = ["open_memmap", "open_npy", "open_plain", "open_safetensors", "refuse_lengths"]
 
 _MOST_HEADER_BYTES = 100 << 20
 _SAFETENSORS = {
@@ -29,19 +30,19 @@ def open_npy(path: Path) -> RawArray:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(file)
             offset = file.tell()
-        _refuse_lengths(shape)
+        refuse_lengths(shape)
     except Exception as error:  # numpy's parser lets many kinds through
         raise ArrayError(f"{path}: not a readable .npy file ({error})") from error
     if fortran or not dtype.isnative:
         raise ArrayError(f"{path}: Fortran order or foreign byte order; expected C order, little-endian")
     if dtype.kind == "V":
         raise ArrayError(f"{path}: dtype {dtype.str}; .npy has no name for bfloat16: store it as Zarr v3")
-    if dtype.name not in FLOATS:
-        raise ArrayError(f"{path}: dtype {dtype.name}; expected one of {', '.join(FLOATS)}")
+    if dtype.name not in DTYPES:
+        raise ArrayError(f"{path}: dtype {dtype.name}; expected one of {', '.join(DTYPES)}")
     return RawArray(str(path), shape, dtype.name, WholeFiles.one(path, shape, dtype.name, offset))
 
 
-def open_safetensors(path: Path, key: str) -> RawArray:
+def open_safetensors(path: Path, key: str = "") -> RawArray:
     """Open one tensor of a .safetensors file. Raises ArrayError, naming the tensors that there are."""
     try:
         with path.open("rb") as file:
@@ -59,7 +60,7 @@ def open_safetensors(path: Path, key: str) -> RawArray:
         if dtype is None:
             raise ArrayError(f"{path}#{key}: dtype {entry['dtype']}; expected one of {', '.join(_SAFETENSORS)}")
         for lengths in (shape, (start,), (stop,)):
-            _refuse_lengths(lengths)
+            refuse_lengths(lengths)
         if stop - start != math.prod(shape) * numpy_dtype(dtype).itemsize:
             raise ValueError(f"{stop - start} bytes for shape {shape} of {dtype}")
     except (KeyError, TypeError, AttributeError, ValueError, OSError, RecursionError) as error:
@@ -73,13 +74,13 @@ def open_plain(path: Path, description: str) -> RawArray:
     """Open a plain file of numbers, described as ``dtype:1,8,4096,64``. Raises ArrayError."""
     dtype, colon, lengths = description.partition(":")
     parts = lengths.split(",")
-    if dtype not in FLOATS or not colon or not all(n.isdecimal() and len(n) < 19 for n in parts):
+    if dtype not in DTYPES or not colon or not all(n.isdecimal() and len(n) < 19 for n in parts):
         raise ArrayError(
             f"{path}#{description}: a plain file needs a dtype and a shape, as {path.name}#bfloat16:1,8,4096,64"
         )
     shape = tuple(map(int, parts))
     try:
-        _refuse_lengths(shape)
+        refuse_lengths(shape)
     except ValueError as error:
         raise ArrayError(f"{path}#{description}: {error}") from error
     return RawArray(f"{path}#{description}", shape, dtype, WholeFiles.one(path, shape, dtype, 0))
@@ -94,7 +95,7 @@ def open_memmap(values: np.memmap) -> RawArray | None:
     while isinstance(base.base, np.memmap):
         base = base.base
     _refuse_shrunk(base)
-    plain = values.flags.c_contiguous and values.dtype.isnative and values.dtype.name in FLOATS
+    plain = values.flags.c_contiguous and values.dtype.isnative and values.dtype.name in DTYPES
     if values.filename is None or values.mode == "c" or not plain:
         return None
     path, offset = Path(str(values.filename)), base.offset + values.ctypes.data - base.ctypes.data
@@ -144,7 +145,8 @@ def _maps(address: int, path: Path, offset: int) -> bool:
     return False
 
 
-def _refuse_lengths(lengths: tuple[int, ...]) -> None:
+def refuse_lengths(lengths: Any) -> None:
     """Raise ValueError where these are no lengths of an array's axes."""
-    if not all(type(n) is int and 0 <= n <= 2**62 for n in lengths) or math.prod(lengths) > 2**62:
+    listed = isinstance(lengths, list | tuple) and all(type(n) is int and 0 <= n <= 2**62 for n in lengths)
+    if not listed or math.prod(lengths) > 2**62:
         raise ValueError(f"lengths {str(lengths)[:80]}; expected whole numbers, of at most 2^62 elements")

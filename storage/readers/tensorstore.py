@@ -5,7 +5,6 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator
-from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 from cqsa_stream.storage.errors import ArrayError
+from cqsa_stream.storage.readers.chunks import Chunks
 from cqsa_stream.storage.readers.locations import redacted
 from cqsa_stream.storage.readers.plain import CURES, lazy_product
 from cqsa_stream.storage.retrying import retrying
@@ -31,14 +31,8 @@ os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 def context() -> ts.Context:
     """Return a context without a cache (memory is the caller's to plan) that gives up when a server does not answer."""
-    return ts.Context(
-        {
-            "cache_pool": {"total_bytes_limit": 0},
-            "http_request_retries": _RETRIES,
-            "s3_request_retries": _RETRIES,
-            "gcs_request_retries": _RETRIES,
-        }
-    )
+    retries = {f"{service}_request_retries": _RETRIES for service in ("http", "s3", "gcs")}
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, **retries})
 
 
 def clean_message(error: Exception) -> str:
@@ -60,7 +54,7 @@ def _cause(error: Exception) -> Exception | None:
 class TensorStoreArray:
     """Fetches whole stored chunks, ``in_flight`` at a time, and copies what was asked for into the caller's buffer."""
 
-    leaf_bytes = kept_bytes = 0
+    kept_bytes = 0
     encoding: ClassVar[Literal["compressed"]] = "compressed"
 
     def __init__(self, store: ts.TensorStore, source: str, *, fill_missing: bool) -> None:
@@ -71,24 +65,17 @@ class TensorStoreArray:
         self.dtype = str(store.dtype.name)
         self._fill_missing = fill_missing
         stored = store.chunk_layout.read_chunk.shape or self.shape
-        chunk = [n or size for n, size in zip(stored, self.shape, strict=True)]
-        self.stored_chunk = tuple(max(1, min(n, size)) for n, size in zip(chunk, self.shape, strict=True))
-        origin = store.chunk_layout.grid_origin or (0,) * len(chunk)
-        self._origin = tuple(n or 0 for n in origin)  # of a view: its chunks begin before it does
+        chunk = tuple(n or size for n, size in zip(stored, self.shape, strict=True))
+        origin = tuple(n or 0 for n in store.chunk_layout.grid_origin or (0,) * len(chunk))
         itemsize = store.dtype.numpy_dtype.itemsize
-        self.staging_bytes = 2 * max(math.prod(chunk), _whole_chunk(store)) * itemsize  # as stored, and decoded
-        self._row_bytes = self.shape[-1] * itemsize if self.shape else 0
+        self._chunks = Chunks(self.shape, chunk, itemsize, origin)
+        self.stored_chunk = self._chunks.stored_chunk
+        self.staging_bytes = 2 * max(self._chunks.chunk_bytes, _whole_chunk(store) * itemsize)  # as stored, and decoded
         self.bytes_read = 0  # of the stored chunks fetched, decoded
 
     @classmethod
     def open(
-        cls,
-        source: str,
-        kvstore: str | dict[str, Any],
-        fill_missing: bool,
-        *,
-        token_major: bool = False,
-        driver: str = "auto",
+        cls, source: str, kvstore: str | dict[str, Any], *, fill_missing: bool, token_major: bool, driver: str = "auto"
     ) -> "TensorStoreArray":
         """Open what a key-value store holds. Raises ArrayError in TensorStore's words."""
         try:
@@ -130,18 +117,12 @@ class TensorStoreArray:
     @retrying
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
         pending: deque[ts.WriteFutures] = deque()
-        fetched = 0
         try:
-            for head, token in self._cells(heads, tokens):
+            for some, span, place in self._chunks.pieces(heads, tokens, buffer):
                 if len(pending) == self.in_flight:
                     pending.popleft().result()
-                place = buffer[
-                    head.start - heads.start : head.stop - heads.start,
-                    token.start - tokens.start : token.stop - tokens.start,
-                ]
-                piece = self.store[batch, head.start : head.stop, token.start : token.stop]
+                piece = self.store[batch, some.start : some.stop, span.start : span.stop]
                 pending.append(ts.array(place, copy=False, write=True).write(piece))
-                fetched += self._fetched(head, token)
             while pending:
                 pending.popleft().result()
         except Exception as error:  # of the store, or of what a virtual one calls
@@ -151,21 +132,7 @@ class TensorStoreArray:
         finally:
             for future in pending:  # the buffer must not be written after this call
                 future.commit.exception()
-        self.bytes_read += fetched
-
-    def _cells(self, heads: range, tokens: range) -> Iterator[tuple[range, range]]:
-        return product(
-            _pieces(heads, self.stored_chunk[1], self._origin[1]),
-            _pieces(tokens, self.stored_chunk[2], self._origin[2]),
-        )
-
-    def _fetched(self, heads: range, tokens: range) -> int:
-        """Return the size of the stored chunks that hold a piece, cut at the end of the token axis."""
-        batch_chunk, head_chunk, token_chunk, _ = self.stored_chunk
-        origin = self._origin[2]
-        first = (tokens.start - origin) // token_chunk * token_chunk + origin
-        stop = min(-(-(tokens.stop - origin) // token_chunk) * token_chunk + origin, self.shape[2])
-        return batch_chunk * -(-len(heads) // head_chunk) * head_chunk * (stop - first) * self._row_bytes
+        self.bytes_read += self._chunks.fetched_bytes(heads, tokens)
 
     def check(self) -> None:
         """Look whether every chunk is stored, without reading any, where the store can list what it has."""
@@ -173,7 +140,7 @@ class TensorStoreArray:
             return
         starts = [
             range(-(-origin % m), n, m)
-            for n, m, origin in zip(self.shape, self.stored_chunk, self._origin, strict=True)
+            for n, m, origin in zip(self.shape, self.stored_chunk, self._chunks.origin, strict=True)
         ]
         for cell in lazy_product(starts):
             begin = [max(start, 0) for start in cell]
@@ -288,15 +255,7 @@ def _is_view(spec: dict[str, Any]) -> bool:
 
 def _whole_chunk(store: ts.TensorStore) -> int:
     """Return the elements of a stored chunk in all its dimensions, where the store is a view of some."""
-    spec = _spec_of(store) or {}
-    shape = spec.get("metadata", {}).get("chunks") or spec.get("metadata", {}).get("chunk_grid", {}).get(
-        "configuration", {}
-    ).get("chunk_shape")
-    plain = isinstance(shape, list) and "sharding_indexed" not in str(spec["metadata"].get("codecs"))
-    return math.prod(shape) if plain and isinstance(shape, list) else 0
-
-
-def _pieces(span: range, length: int, origin: int) -> list[range]:
-    """Cut a range where chunks begin: at multiples of a length from the origin on."""
-    cuts = range(((span.start - origin) // length + 1) * length + origin, span.stop, length)
-    return [range(a, b) for a, b in pairwise([span.start, *cuts, span.stop])]
+    metadata = (_spec_of(store) or {}).get("metadata", {})
+    shape = metadata.get("chunks") or metadata.get("chunk_grid", {}).get("configuration", {}).get("chunk_shape")
+    whole = isinstance(shape, list) and "sharding_indexed" not in str(metadata.get("codecs"))
+    return math.prod(shape) if whole else 0

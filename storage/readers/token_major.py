@@ -4,9 +4,6 @@ The same bytes are an array [batch, 1, token, head x feature]. A range of tokens
 is read as such, and the heads that were asked for are copied from it.
 """
 
-import mmap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -15,14 +12,13 @@ import numpy as np
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.readers.memory import copy_rows
 from cqsa_stream.storage.readers.plain import RawArray, WholeFiles
-from cqsa_stream.storage.readers.ranges import PAGE
+from cqsa_stream.storage.readers.ranges import PAGE, lent
 
 __all__ = ["TokenMajorArray", "token_major"]
 
 _SLAB_BYTES = 2 << 20  # for each piece of a read in flight
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a forked child does not share it
 
-_spare: list[np.ndarray] = []  # memory for slabs that nobody uses: never more in all than was needed at a time
+_spare: list[np.ndarray] = []  # memory for slabs
 
 
 def token_major(array: RawArray) -> "RawArray | TokenMajorArray":
@@ -39,7 +35,7 @@ def token_major(array: RawArray) -> "RawArray | TokenMajorArray":
 class TokenMajorArray:
     """The rows of all heads of a token lie side by side: they are fetched together."""
 
-    leaf_bytes = kept_bytes = 0
+    kept_bytes = 0
     encoding: ClassVar[Literal["raw"]] = "raw"
 
     def __init__(self, rows: RawArray, heads: int) -> None:
@@ -69,7 +65,7 @@ class TokenMajorArray:
 
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
         count = max(1, min(len(tokens), self._slab_tokens * self._rows.in_flight))
-        with _memory(count * self._row_bytes + PAGE) as memory:
+        with lent(_spare, count * self._row_bytes + PAGE) as memory:
             for start in range(tokens.start, tokens.stop, count):
                 span = range(start, min(start + count, tokens.stop))
                 rows = self._read(batch, span, memory)
@@ -85,18 +81,3 @@ class TokenMajorArray:
         flat = memory[lead : lead + len(tokens) * self._row_bytes].view(numpy_dtype(self.dtype))
         self._rows.read_into(batch, range(1), tokens, flat.reshape(1, len(tokens), -1))
         return flat.reshape(len(tokens), self.shape[1], self.shape[3])
-
-
-@contextmanager
-def _memory(size: int) -> Iterator[np.ndarray]:
-    """Lend whole pages, at least so many bytes."""
-    try:
-        found = _spare.pop()
-    except IndexError:
-        found = None
-    if found is None or len(found) < size:
-        found = np.frombuffer(mmap.mmap(-1, -(-size // PAGE) * PAGE, flags=_PRIVATE), np.uint8)
-    try:
-        yield found
-    finally:
-        _spare.append(found)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +11,10 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from cqsa_stream.storage.errors import ArrayError
+from cqsa_stream.storage.readers.chunks import Chunks
 from cqsa_stream.storage.readers.locations import redacted
 from cqsa_stream.storage.readers.memory import copy_rows
-from cqsa_stream.storage.readers.plain import CURES, split
+from cqsa_stream.storage.readers.plain import CURES
 
 __all__ = ["ZarrArray", "folder_of"]
 
@@ -55,19 +55,20 @@ class ZarrArray:
     """
 
     source = "memory"  # it cannot be opened again by its name
-    leaf_bytes = kept_bytes = 0
+    kept_bytes = 0
     encoding: ClassVar[Literal["compressed"]] = "compressed"
 
     def __init__(self, array: Any, *, fill_missing: bool, token_major: bool = False) -> None:
         self._array = array
         self._fill_missing = fill_missing
         self._token_major = token_major and len(array.shape) == 4
-        self.shape = self._presented(array.shape)
+        order = (0, 2, 1, 3) if self._token_major else range(len(array.shape))
+        self.shape = tuple(array.shape[axis] for axis in order)
         self.dtype = np.dtype(array.dtype).name
-        self._itemsize = np.dtype(array.dtype).itemsize
-        chunks = self._presented(array.chunks)
-        self.stored_chunk = tuple(max(1, min(n, m)) for n, m in zip(chunks, self.shape, strict=True))
-        self.staging_bytes = 3 * math.prod(chunks) * self._itemsize  # stored, decoded, cut
+        chunk = tuple(array.chunks[axis] for axis in order)
+        self._chunks = Chunks(self.shape, chunk, np.dtype(array.dtype).itemsize)
+        self.stored_chunk = self._chunks.stored_chunk
+        self.staging_bytes = 3 * self._chunks.chunk_bytes  # stored, decoded, cut
         self.bytes_read = 0
 
     def begin(self, in_flight: int) -> None:
@@ -77,13 +78,9 @@ class ZarrArray:
         return 0
 
     def read_into(self, batch: int, heads: range, tokens: range, buffer: np.ndarray) -> None:
-        fetched = 0
-        for head, token in product(split(heads, self.stored_chunk[1]), split(tokens, self.stored_chunk[2])):
-            found = self._read(batch, head, token)
-            place = buffer[:, token.start - tokens.start : token.stop - tokens.start]
-            copy_rows(place[head.start - heads.start : head.stop - heads.start], found)
-            fetched += self._fetched(token)
-        self.bytes_read += fetched
+        for some, span, place in self._chunks.pieces(heads, tokens, buffer):
+            copy_rows(place, self._read(batch, some, span))
+        self.bytes_read += self._chunks.fetched_bytes(heads, tokens)
 
     def _read(self, batch: int, heads: range, tokens: range) -> np.ndarray:
         place = (batch, slice(heads.start, heads.stop), slice(tokens.start, tokens.stop))
@@ -97,18 +94,6 @@ class ZarrArray:
             raise ArrayError(f"zarr.Array {self._array.name}: {where}: {text}; write this chunk again") from (
                 error if text == str(error) else None
             )
-
-    def _presented(self, lengths: tuple[int, ...]) -> tuple[int, ...]:
-        if not self._token_major:
-            return tuple(lengths)
-        batch, tokens, heads, features = lengths
-        return batch, heads, tokens, features
-
-    def _fetched(self, tokens: range) -> int:
-        """Return the size of the stored chunks that hold tokens, decoded, cut at the end of the token axis."""
-        batch_chunk, heads_chunk, length, _ = self.stored_chunk
-        count = min(-(-tokens.stop // length) * length, self.shape[2]) - tokens.start // length * length
-        return int(batch_chunk * heads_chunk * count * self.shape[3] * self._itemsize)
 
     def check(self) -> None:
         if self._fill_missing:

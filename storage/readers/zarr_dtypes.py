@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeGuard
 
-import ml_dtypes
 import numpy as np
 from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.dtype import DataTypeValidationError, ZDType, data_type_registry
+
+from cqsa_stream.storage.dtypes import numpy_dtype
 
 __all__ = ["BFloat16", "Float8E4M3FN", "Float8E5M2"]
 
@@ -23,6 +24,11 @@ class _MlFloat(ZDType[Any, Any], HasEndianness, HasItemSize):
     """A float of ml_dtypes. Scalars are stored as numbers, or as the specification's words for those JSON lacks."""
 
     native: ClassVar[np.dtype[Any]]
+
+    def __init_subclass__(cls) -> None:
+        cls.native = numpy_dtype(cls._zarr_v3_name)
+        cls.dtype_cls = type(cls.native)
+        data_type_registry.register(cls._zarr_v3_name, cls)
 
     @property
     def item_size(self) -> int:
@@ -84,32 +90,19 @@ class _MlFloat(ZDType[Any, Any], HasEndianness, HasItemSize):
         return value if np.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-@dataclass(frozen=True, kw_only=True)
 class BFloat16(_MlFloat):
     """https://github.com/zarr-developers/zarr-extensions/tree/main/data-types/bfloat16"""
 
-    dtype_cls = type(np.dtype(ml_dtypes.bfloat16))
     _zarr_v3_name = "bfloat16"
-    native = np.dtype(ml_dtypes.bfloat16)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Float8E4M3FN(_MlFloat):
     """https://github.com/zarr-developers/zarr-extensions/tree/main/data-types/float8_e4m3"""
 
-    dtype_cls = type(np.dtype(ml_dtypes.float8_e4m3fn))
     _zarr_v3_name = "float8_e4m3fn"
-    native = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Float8E5M2(_MlFloat):
     """https://github.com/zarr-developers/zarr-extensions/tree/main/data-types/float8_e5m2"""
 
-    dtype_cls = type(np.dtype(ml_dtypes.float8_e5m2))
     _zarr_v3_name = "float8_e5m2"
-    native = np.dtype(ml_dtypes.float8_e5m2)
-
-
-for _dtype in (BFloat16, Float8E4M3FN, Float8E5M2):
-    data_type_registry.register(_dtype._zarr_v3_name, _dtype)

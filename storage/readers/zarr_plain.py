@@ -16,17 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
-from cqsa_stream.storage.dtypes import numpy_dtype
+from cqsa_stream.storage.dtypes import DTYPES, ML_DTYPES, dtype_bytes
 from cqsa_stream.storage.errors import ArrayError
+from cqsa_stream.storage.readers.files import StoredFile, opened
 from cqsa_stream.storage.readers.plain import CACHED_BYTES, CURES, RawArray, UnitFiles, WholeFiles
-from cqsa_stream.storage.readers.ranges import StoredFile, opened
 from cqsa_stream.storage.retrying import retrying
 
 __all__ = ["Shards", "raw_zarr"]
 
-_V2_DTYPES = {"<f8": "float64", "<f4": "float32", "<f2": "float16"}
-_SAME_NAME = ("bfloat16", "float8_e4m3fn", "float8_e5m2")  # as TensorStore writes them in v2, too
-_V3_DTYPES = ("float64", "float32", "float16", *_SAME_NAME)
+_V2_DTYPES = {"<f8": "float64", "<f4": "float32", "<f2": "float16"} | {name: name for name in ML_DTYPES}
 _V3_FIELDS = {
     "zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value",
     "attributes", "dimension_names", "storage_transformers", "consolidated_metadata",
@@ -36,22 +34,23 @@ _INDICES_BYTES = 1 << 20  # of the indices of shards that are remembered
 _MOST_INDEX_BYTES = 1 << 22
 
 
+class _Inner(NamedTuple):
+    """How the inner chunks of shards lie."""
+
+    shape: tuple[int, ...]
+    at_start: bool
+    index_checked: bool
+
+
 class _Chunks(NamedTuple):
-    """How chunks lie: ``inner`` where they are shards."""
+    """How chunks lie: ``inner`` where they are shards; ``checked`` where they, or the inner ones, have a checksum."""
 
     dtype: str
     shape: tuple[int, ...]
     checked: bool
-    prefix: str
     separator: str
-    inner: "_Inner | None" = None
-
-
-class _Inner(NamedTuple):
-    shape: tuple[int, ...]
-    checked: bool
-    at_start: bool
-    index_checked: bool
+    prefix: str = ""
+    inner: _Inner | None = None
 
 
 def raw_zarr(path: Path, metadata: dict[str, Any]) -> RawArray | None:
@@ -68,16 +67,15 @@ def raw_zarr(path: Path, metadata: dict[str, Any]) -> RawArray | None:
         return None
     escaped = str(path).replace("{", "{{").replace("}", "}}")
     pattern = f"{escaped}/" + chunks.separator.join(([chunks.prefix] if chunks.prefix else []) + ["{}"] * 4)
-    unit_bytes = math.prod(unit) * numpy_dtype(chunks.dtype).itemsize
-    cached = math.prod(shape) * numpy_dtype(chunks.dtype).itemsize <= CACHED_BYTES
-    files: UnitFiles
-    if chunks.inner is None:
-        files = WholeFiles(unit, pattern, unit_bytes + 4 * chunks.checked, cached=cached)
-        return RawArray(str(path), shape, chunks.dtype, files, chunks.checked)
-    if any(n % m for n, m in zip(chunks.shape, unit, strict=True)):
-        return None
-    files = Shards(unit, pattern, chunks.shape, unit_bytes + 4 * chunks.inner.checked, chunks.inner, cached)
-    return RawArray(str(path), shape, chunks.dtype, files, chunks.inner.checked) if files.index_fits else None
+    itemsize = dtype_bytes(chunks.dtype)
+    stored_bytes = math.prod(unit) * itemsize + 4 * chunks.checked
+    cached = math.prod(shape) * itemsize <= CACHED_BYTES
+    files: UnitFiles = WholeFiles(unit, pattern, stored_bytes, cached=cached)
+    if chunks.inner is not None:
+        files = Shards(unit, pattern, chunks.shape, stored_bytes, chunks.inner, cached)
+        if any(n % m for n, m in zip(chunks.shape, unit, strict=True)) or not files.index_fits:
+            return None
+    return RawArray(str(path), shape, chunks.dtype, files, chunks.checked)
 
 
 def _whole_rows(chunk: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -87,9 +85,8 @@ def _whole_rows(chunk: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 def _described_v2(metadata: dict[str, Any]) -> _Chunks | None:
     if metadata["compressor"] or metadata.get("filters") or metadata["order"] != "C":
         return None
-    dtype = metadata["dtype"]
-    dtype = dtype if dtype in _SAME_NAME else _V2_DTYPES[dtype]
-    return _Chunks(dtype, tuple(metadata["chunks"]), False, "", metadata.get("dimension_separator", "."))
+    dtype, separator = _V2_DTYPES[metadata["dtype"]], metadata.get("dimension_separator", ".")
+    return _Chunks(dtype, tuple(metadata["chunks"]), False, separator)
 
 
 def _described_v3(metadata: dict[str, Any]) -> _Chunks | None:
@@ -102,21 +99,17 @@ def _described_v3(metadata: dict[str, Any]) -> _Chunks | None:
     default = encoding["name"] == "default"
     separator = encoding.get("configuration", {}).get("separator", "/" if default else ".")
     dtype, codecs = metadata["data_type"], metadata["codecs"]
-    if dtype not in _V3_DTYPES or encoding["name"] not in ("default", "v2"):
+    if dtype not in DTYPES or encoding["name"] not in ("default", "v2"):
         return None
     inner = None
     if [codec["name"] for codec in codecs] == ["sharding_indexed"]:
         settings = codecs[0]["configuration"]
-        checked, index_checked = _plain(settings["codecs"]), _plain(settings["index_codecs"])
-        location = settings.get("index_location", "end")
-        if checked is None or index_checked is None or location not in ("start", "end"):
+        index_checked, location = _plain(settings["index_codecs"]), settings.get("index_location", "end")
+        if index_checked is None or location not in ("start", "end"):
             return None
-        inner = _Inner(tuple(settings["chunk_shape"]), checked, location == "start", index_checked)
-    else:
-        checked = _plain(codecs)
-        if checked is None:
-            return None
-    return _Chunks(dtype, shape, checked and inner is None, "c" if default else "", separator, inner)
+        codecs, inner = settings["codecs"], _Inner(tuple(settings["chunk_shape"]), location == "start", index_checked)
+    checked = _plain(codecs)
+    return None if checked is None else _Chunks(dtype, shape, checked, separator, "c" if default else "", inner)
 
 
 def _ignorable(extension: Any) -> bool:
@@ -162,15 +155,7 @@ class Shards:
         return 2 * self._index_bytes + min(_INDICES_BYTES, shards * self._index_bytes)  # two being read
 
     def locate(self, cell: tuple[int, ...]) -> tuple[StoredFile, int]:
-        path, entry, size = self._entry(cell)
-        return StoredFile(path, size, cached=self.cached), entry
-
-    def check(self, cells: Iterator[tuple[int, ...]]) -> None:
-        for cell in cells:
-            self._entry(cell)
-
-    def _entry(self, cell: tuple[int, ...]) -> tuple[str, int, int]:
-        """Return (path, position, size of the file) of an inner chunk. Raises ArrayError."""
+        """Return the shard of an inner chunk, and the position there. Raises ArrayError."""
         shard, inner = zip(*(divmod(i, n) for i, n in zip(cell, self._grid, strict=True)), strict=True)
         path = self.pattern.format(*shard)
         index, size = self._index(path)
@@ -182,7 +167,11 @@ class Shards:
             raise ArrayError(
                 f"{where} has {length} bytes at {start} of {size}; expected {self.unit_bytes}, write this shard again"
             )
-        return path, start, size
+        return StoredFile(path, size, cached=self.cached), start
+
+    def check(self, cells: Iterator[tuple[int, ...]]) -> None:
+        for cell in cells:
+            self.locate(cell)
 
     @retrying
     def _index(self, path: str) -> tuple[np.ndarray, int]:
@@ -200,7 +189,10 @@ class Shards:
         except OSError as error:
             raise ArrayError(f"{path}: its index cannot be read: {error.strerror}") from error
         with self._lock:
-            self._remember(path, stamp, index)
+            self._indices[path] = stamp, index
+            self._indices.move_to_end(path)
+            while len(self._indices) > max(1, _INDICES_BYTES // self._index_bytes):
+                self._indices.popitem(last=False)
         return index, found.st_size
 
     def _unpacked(self, path: str, data: bytes) -> np.ndarray:
@@ -210,9 +202,3 @@ class Shards:
         ):
             raise ArrayError(f"{path}: the index of the shard fails its crc32c: damaged, write this shard again")
         return np.frombuffer(data[:count], "<u8").reshape(*self._grid, 2)
-
-    def _remember(self, path: str, stamp: tuple[int, int, int], index: np.ndarray) -> None:
-        self._indices.pop(path, None)
-        self._indices[path] = stamp, index
-        while len(self._indices) > max(1, _INDICES_BYTES // self._index_bytes):
-            self._indices.popitem(last=False)

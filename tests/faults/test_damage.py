@@ -25,10 +25,11 @@ REGIONS = {
     "version": 8,
     "finished": 12,
     "run": 20,
-    "lane": 48,
-    "row": 56,
-    "generation": 64,
-    "lengths": 72,
+    "share": 48,
+    "sum": 56,
+    "lane": 64,
+    "chunk": 72,
+    "lengths": 80,
     "checksum of the numbers": 108,
     "padding": 3000,
     "checksum of the header": 4093,
@@ -114,7 +115,12 @@ def test_each_region_of_a_partial(
 
 def spoil_manifest(folder: Path) -> None:
     file = folder / "out.run/run.json"
-    flip(file, file.read_bytes().index(b'"causal": true') + 11)
+    flip(file, file.read_bytes().index(b'"name": "causal"') + 11)
+
+
+def spoil_state(folder: Path) -> None:
+    file = folder / "out.run/state.json"
+    flip(file, file.read_bytes().index(b'"host_memory": ') + 16)
 
 
 def spoil_last_event(folder: Path) -> None:
@@ -141,7 +147,6 @@ def spoil_description(folder: Path) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
-    (spoil_manifest, "run.json: damaged"),
     (spoil_output, "computed again"),
     (stale_output, "computed again"),
     (spoil_lse, "computed again"),
@@ -163,6 +168,29 @@ def test_other_files(
     assert word in caplog.text
     check_exact(half)
     assert json.loads(cli("verify", "out.run", "--json").stdout)["ok"]
+
+
+def test_the_manifest(half: Path, cli: Cli) -> None:
+    """Nothing is resumed without it; put back as it was, the run goes on."""
+    whole = (half / "out.run/run.json").read_bytes()
+    spoil_manifest(half)
+    found = cli("run", *QKV, "out", *OPTIONS)
+    assert found.returncode == 2
+    assert "run.json: unreadable" in found.stderr
+    assert "put a copy of it back" in found.stderr
+    (half / "out.run/run.json").write_bytes(whole)
+    run(cli, "out")
+    check_exact(half)
+
+
+def test_the_state(half: Path, cli: Cli, caplog: pytest.LogCaptureFixture) -> None:
+    spoil_state(half)
+    run(cli, "out")
+    assert "state.json: damaged" in caplog.text
+    check_exact(half)
+    caplog.clear()
+    assert json.loads(cli("verify", "out.run", "--json").stdout)["ok"]
+    assert not caplog.records, "it was written again"
 
 
 def test_the_last_event(half: Path, cli: Cli) -> None:

@@ -22,6 +22,7 @@ READS = {
 WRITES = {
     "manifest": ("write:*/run.json.*.tmp:1", "run.json"),
     "manifest, rename": ("rename:*/run.json:1", "run.json"),
+    "state": ("write:*/state.json.*.tmp:1", "state.json"),
     "partial": ("write:*.partial.*.tmp:9", ".partial"),
     "partial, fsync": ("fsync:*.partial.*.tmp:9", ".partial"),
     "partial, rename": ("rename:*.partial:9", ".partial"),

@@ -12,7 +12,8 @@ POINTS = {
     "begin: lock taken": "rename:*/out.run/session.json:1:1:dead",
     "begin: group made": "mkdir:*/results.zarr:1:1:dead",
     "begin: links made": "symlink:*/results.zarr/lse:1:1:dead",
-    "begin: copy of the manifest": "rename:*/run.copy.json:1:1:dead",
+    "begin: state half written": "write:*/state.json.*.tmp:1:1:torn",
+    "begin: state renamed": "rename:*/state.json:1:1:dead",
     "begin: manifest half written": "write:*/run.json.*.tmp:1:1:torn",
     "begin: manifest not yet renamed": "rename:*/run.json:1:1:kill",
     "begin: manifest renamed": "rename:*/run.json:1:1:dead",
@@ -78,6 +79,7 @@ def test_a_kill_at_every_named_point(name: str, schedule: str, cqsa: Cqsa, made:
         "read:*.partial:5:1:dead",
         "create:*/lock:1:1:dead",
         "write:*/session.json.*.tmp:1:1:torn",
+        "write:*/state.json.*.tmp:1:1:torn",
     ],
 )
 def test_a_kill_while_resuming(rule: str, schedule: str, cqsa: Cqsa, made: Cqsa) -> None:

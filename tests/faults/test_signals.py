@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cqsa_stream.run import admission, stopping
+from cqsa_stream import inputs
+from cqsa_stream.run import stopping
 from cqsa_stream.run.stopping import Stopper
 from tests.conftest import Cli
 from tests.faults.harness import QKV, SCHEDULES, Cqsa, kill, options
@@ -61,13 +62,13 @@ def test_a_time_limit_counts_from_the_command(cli: Cli, monkeypatch: pytest.Monk
     words = ("--chunks", 21, "--schedule", "rectangular", "--device", "cpu")
     assert cli("generate", "d", "--tokens", 3000, "--heads", 1, "--head-dim", 16).returncode == 0
     assert cli("run", *QKV, "first", *words, "--max-seconds", 0).returncode == 3
-    jumped, looked_at = [0.0], admission.fingerprints
+    jumped, looked_at = [0.0], inputs.fingerprints
 
     def jump(arrays: Any) -> dict[str, str]:
         jumped[0] += 2000
         return looked_at(arrays)
 
-    monkeypatch.setattr("cqsa_stream.run.session.fingerprints", jump)
+    monkeypatch.setattr("cqsa_stream.run.durable.fingerprints", jump)
     monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + jumped[0]))
     found = cli("run", *QKV, "out", *words, "--max-seconds", 1000)
     assert found.returncode == 3, found.stderr

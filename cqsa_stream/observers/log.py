@@ -1,0 +1,42 @@
+"""The event log of a run directory: news for ``status``."""
+
+import time
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from cqsa_stream.events import Checkpointed, Ended, Event, Progressed, Started
+
+__all__ = ["EventLog"]
+
+
+class News(Protocol):
+    """What the event log needs of a run directory."""
+
+    def write_session(self, figures: dict[str, Any]) -> None:
+        """Replace the latest figures."""
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        """Append one line to the event log."""
+
+
+class EventLog:
+    """Keeps a run directory's event log and its latest figures: news, not state."""
+
+    def __init__(self, directory: News, options: dict[str, object], every_s: float = 1.0) -> None:
+        self._directory, self._options, self._every_s = directory, options, every_s
+        self._last = 0.0
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        if isinstance(event, Progressed) and now - self._last < self._every_s:
+            return
+        self._last = now
+        figures = asdict(event.figures)
+        self._directory.write_session({"ended": isinstance(event, Ended), **figures})
+        if isinstance(event, Started):
+            self._directory.append_event({"event": "started", "options": self._options, "plan": event.plan, **figures})
+        elif isinstance(event, Checkpointed):
+            self._directory.append_event({"event": "checkpointed", "seconds": event.seconds, **figures})
+        elif isinstance(event, Ended):
+            compared = {"predicted": event.predicted, "measured": event.measured}
+            self._directory.append_event({"event": "ended", "reason": event.reason, **compared, **figures})

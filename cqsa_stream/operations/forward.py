@@ -1,0 +1,51 @@
+"""Attention, forward: each row chunk sums up (lse, out) over the column chunks that it sees."""
+
+import torch
+
+from cqsa_stream.engine.calls import Calls
+from cqsa_stream.engine.operation import Fields, Side
+from cqsa_stream.kernels.contract import Fold, Kernel
+from cqsa_stream.machine.device import Device
+from cqsa_stream.problem import Problem, dtype_bytes
+from cqsa_stream.schedulers.masks.calls import Tile, calls
+from cqsa_stream.schedulers.operands import STREAMS, Field, Sum
+
+__all__ = ["Forward", "forward_sums"]
+
+
+def forward_sums(problem: Problem) -> tuple[Sum, ...]:
+    """Return the one sum: lse in float64, which weighs partials against each other; out as fine as the inputs."""
+    lse = Field("lse", problem.group, 0, "float64", 8, "float32", 4, float("-inf"))
+    partial, out = problem.partial_dtype, problem.out_dtype
+    sizes = dtype_bytes(partial), out, dtype_bytes(out)
+    return (Sum("rows", (lse, Field("out", problem.group, problem.value_dim, partial, *sizes, 0.0))),)
+
+
+class Forward:
+    """Attention of a problem by one kernel, cut into calls of at most a tile."""
+
+    streams = STREAMS
+
+    def __init__(self, problem: Problem, tile: Tile, kernel: Kernel, fold: Fold, device: Device) -> None:
+        scale = problem.scale  # kernels mask before they scale: only a positive scale keeps -inf
+        self.row_factor, scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+        self.compute_dtype = kernel.abilities.compute_dtype(getattr(torch, problem.dtype))
+        self.sums = forward_sums(problem)
+        self._mask, self._tile, self._fold = problem.visible, tile, fold
+        self._calls = Calls(kernel, fold, scale, device)
+        self.readers = self._calls.streams
+
+    def add(self, rows: Side, columns: Side) -> None:
+        (queries,), (key, value), (held,) = rows.streams, columns.streams, rows.sums
+        assert held is not None
+        lse, out = held
+        for call in calls(self._mask, rows.tokens, columns.tokens, self._tile):
+            part = slice(call.rows.start - rows.tokens.start, call.rows.stop - rows.tokens.start)
+            reach, first = call.reach, columns.tokens.start
+            keys = slice(reach.start - first, reach.stop - first)
+            partial = out[:, part], lse[:, part]
+            self._calls.attend(partial, queries[:, part], key[:, keys], value[:, keys], call)
+
+    def merge(self, number: int, into: Fields, other: Fields) -> None:
+        (lse, out), (other_lse, other_out) = into, other
+        self._fold(out, lse, other_out, other_lse)

@@ -1,0 +1,86 @@
+"""How to run, as opposed to what: checked once, where it is named, and handed on as it is."""
+
+from dataclasses import dataclass
+
+import torch
+
+from cqsa_stream.errors import InputError
+from cqsa_stream.kernels.choose import KERNELS, chosen
+from cqsa_stream.kernels.contract import KernelChoice
+from cqsa_stream.machine.budgets import parse_size
+from cqsa_stream.machine.calibration import load
+from cqsa_stream.machine.device import Device, device_of
+from cqsa_stream.problem import Problem, is_finite, is_number
+from cqsa_stream.schedulers.quorums import quorum_size
+from cqsa_stream.schedulers.schedules import AUTO, SCHEDULES
+from cqsa_stream.schedulers.search import MOST_CHUNKS
+
+__all__ = ["Options"]
+
+CHECKPOINT_EVERY_S = 60.0
+_LARGEST_CALL = 65_536
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what: none of it changes the result beyond rounding. None: not named by the user.
+
+    Sizes are bytes, or text as "4GiB"; after the making they are bytes, and times are float.
+    """
+
+    device: str | None = None
+    device_memory: int | str | None = None
+    host_memory: int | str | None = None
+    schedule: str | None = None
+    chunks: int | None = None
+    checkpoint_every_s: float | None = None
+    max_seconds: float | None = None
+    kernel: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError where a value cannot be, whatever the problem."""
+        for name, known in (("kernel", KERNELS), ("schedule", (AUTO, *SCHEDULES))):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise InputError(f"{name} {value!r}; expected one of {', '.join(known)}")
+        if self.device is not None:
+            self._set("device", str(self.device))
+        if self.chunks is not None:
+            if not is_number(self.chunks) or self.chunks % 1 or not 0 < self.chunks <= MOST_CHUNKS:
+                raise InputError(f"chunks {self.chunks!r}; expected a whole number, 1 to {MOST_CHUNKS}")
+            self._set("chunks", int(self.chunks))  # numpy's numbers are none of JSON's
+        for name in ("checkpoint_every_s", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (is_finite(value) and value >= 0):
+                raise InputError(f"{name} {value!r}; expected seconds, at least 0")
+            self._set(name, value if value is None else float(value))
+        for name in ("device_memory", "host_memory"):
+            self._set(name, parse_size(getattr(self, name), name))
+
+    @property
+    def budgets(self) -> tuple[int | None, int | None]:
+        """Bytes of the device's memory and of the host's, as far as they were named."""
+        return parse_size(self.device_memory, "device_memory"), parse_size(self.host_memory, "host_memory")
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between checkpoints."""
+        return CHECKPOINT_EVERY_S if self.checkpoint_every_s is None else self.checkpoint_every_s
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def check(self, problem: Problem) -> None:
+        """Raises InputError where a value cannot be, for this problem on this machine."""
+        self.kernel_choice(device_of(self.device or "auto"), problem)
+        if self.chunks is not None and problem.same_positions:
+            try:
+                quorum_size(self.chunks)
+            except ValueError as error:
+                raise InputError(str(error)) from error
+
+    def kernel_choice(self, device: Device, problem: Problem) -> KernelChoice:
+        """Return what computes the problem on a device. Raises InputError where there is none."""
+        rows, columns = (min(tokens, _LARGEST_CALL) for tokens in (problem.queries, problem.keys))
+        width, stored = max(problem.head_dim, problem.value_dim), getattr(torch, problem.dtype)
+        return chosen(device.torch, stored, self.kernel, load(device), problem.group * rows, columns, width)

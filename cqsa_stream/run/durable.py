@@ -1,0 +1,186 @@
+"""A run on disk: begun, resumed or started anew, held by one process, and kept through any end of a session."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, replace
+from typing import Any
+
+from cqsa_stream.command import Command
+from cqsa_stream.errors import ArrayError, CqsaError, LockedError, RunStopped
+from cqsa_stream.events import Observer
+from cqsa_stream.inputs import check_inputs, fingerprints
+from cqsa_stream.machine.allocator import returning_freed_memory
+from cqsa_stream.observers.log import EventLog
+from cqsa_stream.options import Options
+from cqsa_stream.run import admission
+from cqsa_stream.run.directory import RunDirectory
+from cqsa_stream.run.inputs import refuse_changed_inputs, refuse_other_inputs
+from cqsa_stream.run.manifest import Manifest, beside
+from cqsa_stream.run.outputs import Results
+from cqsa_stream.run.running_out import saying_how_much_disk
+from cqsa_stream.run.session import Session, Workplace
+from cqsa_stream.run.state import State
+from cqsa_stream.run.stopping import Stopper
+from cqsa_stream.schedulers.plan import Plan
+
+__all__ = ["OnDisk", "compute"]
+
+_log = logging.getLogger(__name__)
+
+
+def compute(command: Command, observers: Sequence[Observer], stop: Stopper) -> None:
+    """Begin the run of the command's target, or resume it, to its end; a finished one is left as it is.
+
+    What is found damaged of a finished run's output is computed again. Raises the errors of errors.py.
+    """
+    Session(command, OnDisk(command), observers, stop).run()
+
+
+class OnDisk:
+    """A run whose result goes to a target, and whose progress is in a run directory."""
+
+    def __init__(self, command: Command) -> None:
+        assert command.target is not None
+        self._command, self._target = command, command.target
+        self.directory = RunDirectory(self._target.run_dir)
+        self._before = State()
+        self._damaged: list[tuple[int, int]] = []
+
+    def surroundings(self) -> AbstractContextManager[object]:
+        return returning_freed_memory()
+
+    def admit(self, stop: Stopper) -> bool:
+        """Refuse what would overwrite or mix; return False where all is there, as far as a time limit let us look."""
+        admission.refuse_overlap(self._target, self._command.arrays)
+        self._resumes = self.directory.begun and not self._target.fresh
+        if not self._resumes:
+            admission.refuse_occupied(self._target, self.directory)
+            return True
+        manifest = self._same_run()
+        refuse_other_inputs(self._target, self._command.arrays)
+        admission.refuse_strange_places(manifest, self.directory, (self._target.out, self._target.lse))
+        check_inputs(self._command.arrays)
+        refuse_changed_inputs(manifest, fingerprints(self._command.arrays))
+        if not self._is_whole(Results(self.directory, manifest), stop):
+            return True
+        self.directory.sweep()
+        return False
+
+    def hold(self, held: ExitStack) -> tuple[Options, dict[str, Any]]:
+        """Hold a run that has begun, and take from its state what the user did not name."""
+        known: dict[str, Any] = {"durable": True}
+        if not self._resumes:
+            return self._command.options, {**known, "out": self._target.disk(self.directory.begun)}
+        self._hold(self.directory.manifest(), held)
+        manifest = self._same_run()  # another may have begun here meanwhile
+        self._before = self.directory.state(manifest.problem)
+        options, chosen = self._before.inherited(self._command.options)
+        return options, {**known, "grid": manifest.grid, "out_tokens": manifest.out_tokens, "fixed": chosen}
+
+    def take(self, plan: Plan, state: State, held: ExitStack) -> Workplace:
+        """Write the state, and what the run is where it begins; make ready what it writes to."""
+        state = replace(state, rounded_tiles=state.rounded_tiles or self._before.rounded_tiles)
+        if self._resumes:
+            manifest = self.directory.manifest()
+            held.enter_context(saying_how_much_disk(self.directory, manifest, plan))
+            self.directory.write_state(state)
+        else:
+            manifest = self._begin(plan, state, held)
+        store, results = self.directory.store(manifest), Results(self.directory, manifest)
+        store.prepare()
+        self.directory.sweep()
+        results.prepare()
+        for lane, row in {*self._damaged, *results.missing()}:
+            where = f"{results.output}: what was written of row chunk {row} of lane {lane}"
+            _log.warning("%s is damaged or gone; it is computed again", where)
+            store.unfinish(0, lane, row)
+        return Workplace(results.sink(), store, (EventLog(self.directory, asdict(state.options)),))
+
+    def stopped(self, reason: str, stop: Stopper) -> RunStopped:
+        return stop.error(reason)
+
+    def close(self) -> None:
+        """Raises CqsaError where somebody took the output away meanwhile."""
+        if not Results(self.directory, self.directory.manifest()).exist:
+            removed = f"{self._target.out}: the output was removed during the run"
+            raise CqsaError(f"{removed}; the same command computes it again")
+
+    def _same_run(self) -> Manifest:
+        """Return the manifest of what has begun here. Raises MismatchError where that is another run."""
+        manifest = self.directory.manifest()
+        admission.refuse_differences(manifest, self.directory, self._command)
+        return manifest
+
+    def _is_whole(self, results: Results, stop: Stopper) -> bool:
+        """Return whether the run is complete, and nothing of it damaged, as far as a time limit lets us look.
+
+        What is damaged is remembered. Raises RunStopped at a signal.
+        """
+        if not results.complete:
+            return False
+        try:
+            for lane, row, good in results.checked():
+                self._damaged += [] if good else [(lane, row)]
+                reason = stop()
+                if stop.received is not None:
+                    raise RunStopped(f"{reason}: the run is complete, but its output was not checked to the end")
+                if reason is not None:
+                    _log.warning("%s: complete; the time limit ended the check, verify does it", self.directory.path)
+                    break
+        except ArrayError:  # what describes the output
+            return False
+        return not self._damaged
+
+    def _hold(self, manifest: Manifest, held: ExitStack) -> None:
+        """Hold the run, and its results, for this process, until the session ends. Raises LockedError."""
+        held.enter_context(self.directory.locked())
+        held.enter_context(Results(self.directory, manifest).locked())
+
+    def _begin(self, plan: Plan, state: State, held: ExitStack) -> Manifest:
+        """Look at the inputs, then write what the run is. Raises LockedError where another process was first."""
+        check_inputs(self._command.arrays)
+        manifest = self._new_manifest(plan)
+        held.enter_context(saying_how_much_disk(self.directory, manifest, plan))
+        self._hold(manifest, held)
+        if self._target.fresh:
+            self._discard()
+        elif self.directory.begun:
+            where = self.directory.path
+            raise LockedError(f"{where}: another process has just begun this run; the same command resumes it")
+        else:
+            admission.refuse_occupied(self._target, self.directory)  # another run may have come here meanwhile
+        self.directory.begin(manifest, state)
+        return manifest
+
+    def _new_manifest(self, plan: Plan) -> Manifest:
+        arrays, target = self._command.arrays, self._target
+        prints = fingerprints(arrays)
+        return Manifest(
+            problem=self._command.problem,
+            rows=plan.grid.rows,
+            columns=plan.grid.columns,
+            out_tokens=plan.layout.out_tokens,
+            inputs={
+                name: {
+                    "source": array.source,
+                    "beside": beside(array.source, target.run_dir),
+                    "fingerprint": prints[name],
+                }
+                for name, array in arrays.items()
+            },
+            output=os.path.relpath(target.out, target.run_dir),
+            lse=os.path.relpath(target.lse or target.run_dir / "lse.zarr", target.run_dir),
+            fill_missing=target.fill_missing,
+            layout=target.layout,
+        )
+
+    def _discard(self) -> None:
+        """Remove an earlier run, and those of its results that the user named: the folders are held, and emptied."""
+        named = (self._target.out, self._target.lse)
+        for path in {path for path in admission.results(self.directory) if path in named and path.is_dir()}:
+            for part in path.iterdir():
+                shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+        self.directory.discard()

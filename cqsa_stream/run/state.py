@@ -1,0 +1,97 @@
+"""What a later session of a run needs of those before it: state, not news. As JSON that carries its own checksum.
+
+The same command makes the same bits until the user asks for something else: so the options as they were used, and the
+plan that was chosen by them, are kept where the run is.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from cqsa_stream.machine.budgets import free_budgets
+from cqsa_stream.machine.device import device_of
+from cqsa_stream.options import Options
+from cqsa_stream.planning import Chosen
+from cqsa_stream.problem import Problem
+from cqsa_stream.run.manifest import sealed, unsealed
+from cqsa_stream.schedulers.schedules import SCHEDULES
+
+__all__ = ["State"]
+
+_FORMAT = 1
+_KEPT = ("device", "device_memory", "host_memory", "schedule", "kernel", "checkpoint_every_s")
+_PLANNED_BY = ("device", "device_memory", "host_memory", "schedule", "kernel")  # another interval changes no bits
+_MOST_NAMES, _LONGEST_NAME = 64, 100
+
+
+@dataclass(frozen=True)
+class State:
+    """The options as the last session used them, and what it chose by them; None of either: not known.
+
+    ``rounded_tiles``: whether any session used a kernel that rounds its tiles to 16 bits, which ``verify`` allows for.
+    """
+
+    options: Options = field(default_factory=Options)
+    chosen: Chosen | None = None
+    rounded_tiles: bool = False
+
+    @classmethod
+    def unknown(cls, problem: Problem) -> "State":
+        """Return the state of a run that has lost it: of 16-bit inputs, tiles may have been rounded."""
+        return cls(rounded_tiles=problem.dtype not in ("float64", "float32"))
+
+    def to_json(self) -> bytes:
+        options = {name: getattr(self.options, name) for name in _KEPT}
+        return sealed(_FORMAT, {**asdict(self), "options": options})
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "State":
+        """Raises ValueError where this is not what ``to_json`` wrote of a session."""
+        fields = unsealed(_FORMAT, data)
+        try:
+            options, chosen = fields["options"], Chosen(**fields["chosen"])
+            if set(options) != set(_KEPT) or type(options["device"]) is not str:
+                raise ValueError(f"options {sorted(options)}")
+            found = cls(Options(**options), chosen, fields["rounded_tiles"])
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"not a state ({type(error).__name__}: {error})") from error
+        _refuse_the_impossible(chosen)
+        if type(found.rounded_tiles) is not bool:
+            raise ValueError(f"rounded_tiles {found.rounded_tiles!r}")
+        return found
+
+    def inherited(self, options: Options) -> tuple[Options, Chosen | None]:
+        """Return the options with what the user did not name, and what was chosen where nothing else is asked for.
+
+        Budgets that are not named are what they were, as far as that is free now; those of another device say nothing.
+        """
+        named = {name: value for name, value in asdict(options).items() if value is not None}
+        had = {name: getattr(self.options, name) for name in _KEPT}
+        if options.device is not None:
+            named["device"] = str(device_of(options.device))
+            if named["device"] != had["device"]:
+                had = {name: had[name] for name in ("schedule", "checkpoint_every_s")}
+        same = all(named.get(name, had.get(name)) == had.get(name) for name in _PLANNED_BY)
+        device = device_of(named.get("device") or had.get("device") or "auto")
+        for name, free in zip(("device_memory", "host_memory"), free_budgets(device), strict=True):
+            if free is not None and had.get(name) is not None:
+                had[name] = min(had[name], free)
+        return replace(options, **{**had, **named}), self.chosen if same else None
+
+
+def _refuse_the_impossible(chosen: Chosen) -> None:
+    """Raise ValueError where this is not what a plan could have chosen."""
+    names = (chosen.schedule, chosen.kernel, chosen.operator)
+    if not all(type(name) is str and len(name) <= _LONGEST_NAME for name in names) or names[0] not in SCHEDULES:
+        raise ValueError(f"schedule, kernel and operator {str(names)[:_LONGEST_NAME]}")
+    if type(chosen.layout) is not dict or not _is_sizes(chosen.layout):
+        raise ValueError(f"a layout {str(chosen.layout)[:_LONGEST_NAME]}")
+
+
+def _is_sizes(fields: dict[Any, Any], inner: bool = False) -> bool:
+    """Return whether these are a layout's names and whole numbers; one level deeper, those of a tile."""
+    return len(fields) <= _MOST_NAMES and all(
+        type(value) is bool
+        or (type(value) is int and 0 <= value < 2**62)
+        or (type(value) is dict and not inner and _is_sizes(value, True))
+        for value in fields.values()
+    )

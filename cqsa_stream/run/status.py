@@ -1,0 +1,96 @@
+"""Where a run stands: by the covers on disk, and by the news of its sessions."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from cqsa_stream.engine.meter import Progress
+from cqsa_stream.events import Figures
+from cqsa_stream.run.directory import RunDirectory
+from cqsa_stream.run.manifest import Manifest
+from cqsa_stream.run.outputs import Results
+
+__all__ = ["status"]
+
+_COMPARED = {  # name: (of the plan, of the run)
+    "seconds": ("seconds", "elapsed_s"),
+    "bytes_read": ("bytes_read", "bytes_read"),
+    "bytes_written": ("bytes_written", "bytes_written"),
+    "host_bytes": ("host_projected_bytes", "host_peak_bytes"),
+    "device_bytes": ("device_projected_bytes", "device_peak_bytes"),
+}
+
+
+def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, int | None]]) -> dict[str, Any]:
+    """Return what ``cqsa status --json`` prints, by the stored covers of each lane."""
+    problem, grid = manifest.problem, manifest.grid
+    done = Progress(problem, grid, covers)
+    complete = done.rows_done == done.rows_total and Results(directory, manifest).exist
+    sessions = _sessions(directory.events())
+    last: dict[str, Any] = {**(sessions[-1] if sessions else _NOTHING), **_figures(directory.session())}
+    plan = last.get("plan", {})
+
+    def summed(name: str) -> Any:
+        return sum(session[name] for session in (*sessions[:-1], last))
+
+    def highest(name: str) -> Any:
+        return max(session[name] for session in (*sessions, last))
+
+    found = {
+        "complete": complete,
+        "schedule": plan.get("schedule"),
+        "chunks": grid.rows.chunks,
+        "pairs_done": done.pairs_done,
+        "pairs_total": done.pairs_total,
+        "rows_done": done.rows_done,
+        "rows_total": done.rows_total,
+        "tokens_done": done.tokens_done,
+        "elapsed_s": summed("session_s"),
+        "session_s": last["session_s"],
+        "eta_s": 0.0 if complete else _eta(problem.flops - done.flops_done, last),
+        "flops_done": done.flops_done,
+        "bytes_read": summed("bytes_read"),
+        "bytes_written": summed("bytes_written"),
+        "device_peak_bytes": highest("device_peak_bytes"),
+        "host_peak_bytes": highest("host_peak_bytes"),
+        "device_projected_bytes": plan.get("device_projected_bytes"),
+        "host_projected_bytes": plan.get("host_projected_bytes"),
+        "device_reserved_bytes": highest("device_reserved_bytes"),
+        "device_driver_peak_bytes": highest("device_driver_peak_bytes"),
+        "sessions": len(sessions),
+        "pid": directory.live_pid(),
+    }
+    predicted = {name: plan[of] if _is_figure(plan.get(of)) else 0 for name, (of, _) in _COMPARED.items()}
+    found["predicted"] = predicted if plan else None
+    found["measured"] = {name: found[of] for name, (_, of) in _COMPARED.items()}
+    return found
+
+
+_NOTHING: dict[str, Any] = dict.fromkeys(Figures.__dataclass_fields__, 0)
+
+
+def _sessions(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each session, its plan and the latest figures it logged."""
+    sessions: list[dict[str, Any]] = []
+    for event in events:
+        if event.get("event") == "started":
+            sessions.append({**_NOTHING, "plan": _plan(event.get("plan"))})
+        if sessions:
+            sessions[-1].update(_figures(event))
+    return sessions
+
+
+def _figures(found: dict[str, Any]) -> dict[str, float]:
+    """Return those of a file's words that are figures of a run."""
+    return {name: n for name, n in found.items() if name in _NOTHING and _is_figure(n)}
+
+
+def _is_figure(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**62  # not so: NaN, too
+
+
+def _plan(plan: Any) -> dict[str, Any]:
+    return {k: v for k, v in plan.items() if _is_figure(v) or type(v) is str} if isinstance(plan, dict) else {}
+
+
+def _eta(flops_left: int, last: dict[str, Any]) -> float | None:
+    return float(flops_left * last["session_s"] / last["session_flops"]) if last["session_flops"] else None

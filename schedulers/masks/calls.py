@@ -1,0 +1,188 @@
+"""How the visible scores of a rectangle fall into kernel calls: each score in exactly one.
+
+Kernels take full rectangles, and triangles on squares: causal ones, whose row i sees columns 0 to i, and reversed ones,
+whose row i sees columns i and later. A band between two diagonals is cut into these, or, for kernels that take it, into
+stacks of low tiles with both edges. (Kernels align the corners of a
+tile that is not square, some the top left, some the bottom right: in a square all agree.)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from cqsa_stream.schedulers.masks.bands import Band, Mask
+
+__all__ = ["Call", "Tile", "calls"]
+
+_NARROW = 4  # leaves: bands up to so wide are cut into stacks of low tiles, wider ones into large triangles
+_LOWEST = 32  # rows of a tile with two edges: lower ones cost as much
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The largest kernel call, in tokens.
+
+    ``leaf`` is the longest side of a causal triangle, ``edge`` the most rows of a tile with a lower edge. ``bands``: a
+    tile may have both edges; else a lower edge is a reversed triangle.
+    """
+
+    rows: int
+    columns: int
+    leaf: int
+    edge: int
+    bands: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call: ``tiles`` tiles of equal height whose rows follow one another. The columns of tile t are those
+    of the first, moved by t times the height.
+
+    Row i of a tile sees its column j where ``-left <= j - i <= right``; None is unbounded.
+    """
+
+    rows: range
+    columns: range
+    left: int | None = None
+    right: int | None = None
+    tiles: int = 1
+
+    @property
+    def height(self) -> int:
+        """Rows of one tile."""
+        return len(self.rows) // self.tiles
+
+    @property
+    def triangle(self) -> bool:
+        """Whether half of each tile is visible."""
+        return (self.left is None) != (self.right is None)
+
+    @property
+    def reach(self) -> range:
+        """The columns of all tiles: from the first of the first to the last of the last."""
+        return range(self.columns.start, self.columns.stop + (self.tiles - 1) * self.height)
+
+
+def calls(mask: Mask, rows: range, columns: range, tile: Tile) -> Iterator[Call]:
+    """Cut the scores of the rows against the columns into calls that compute every visible score exactly once."""
+    for band in mask.cut(rows, columns):
+        for start in range(band.r0, band.r1, tile.rows):
+            block = band.cut(range(start, min(start + tile.rows, band.r1)), band.columns)
+            if block is not None:
+                yield from _block(block, tile)
+
+
+def _block(band: Band, tile: Tile) -> Iterator[Call]:
+    """Cut at the rows where a diagonal enters or leaves the band's keys: between them each edge stands or moves."""
+    enters = band.r0 if band.lo is None else max(band.r0, band.c0 - band.lo)  # from here on the first key moves
+    leaves = band.r1 if band.hi is None else min(band.r1, band.c1 - band.hi)  # up to here the last key moves
+    places = sorted({band.r0, min(enters, band.r1), max(leaves, band.r0), band.r1})
+    for start, stop in pairwise(places):
+        first, last = band.c0, band.c1
+        if band.lo is not None and start >= enters:
+            first = start + band.lo
+        if band.hi is not None and stop <= leaves:
+            last = start + band.hi
+        moving = (band.lo is not None and start >= enters, band.hi is not None and stop <= leaves)
+        yield from _segment(range(start, stop), first, last, moving, tile)
+
+
+def _segment(rows: range, first: int, last: int, moving: tuple[bool, bool], tile: Tile) -> Iterator[Call]:
+    """Cut rows that see keys from ``first`` on and up to ``last``: an edge that moves goes one key further each row.
+
+    ``first`` is the first row's first key; ``last`` its last key where that edge moves, else the end of the keys.
+    """
+    if moving == (True, True):
+        yield from _diagonal_band(rows, first, last, tile)
+        return
+    count = len(rows)
+    if moving[0]:
+        yield from _reversed(rows, first, tile)
+        yield from _full(rows, range(first + count, last), tile)
+    elif moving[1]:
+        yield from _full(rows, range(first, last), tile)
+        yield from _causal(rows, last, tile)
+    else:
+        yield from _full(rows, range(first, last), tile)
+
+
+def _diagonal_band(rows: range, first: int, last: int, tile: Tile) -> Iterator[Call]:
+    """Cut rows that see equally many keys, each one further than the row before.
+
+    A block of h rows, h below the band's width, sees a reversed triangle of side h, keys that all its rows see, and a
+    causal triangle of side h: three calls, or one of both edges.
+    """
+    between = last - first  # keys that a row sees, but one
+    narrow = between <= _NARROW * tile.leaf
+    height = min(tile.edge, between) if narrow else min(tile.rows, between)
+    low = min(tile.edge, max(_LOWEST, between))
+    one_call = narrow and tile.bands and low + between <= tile.columns
+    height = max(1, low if one_call else height)
+    together = max(1, tile.rows // height) if narrow else 1  # keys that tiles share are not copied
+    done = 0
+    while left := len(rows) - done:
+        side = min(height, left)
+        tiles = max(1, min(together, left // side))
+        block = range(rows.start + done, rows.start + done + tiles * side)
+        if one_call:
+            yield Call(block, range(first + done, last + done + side), 0, between, tiles)
+        else:
+            yield from _three(block, first + done, last + done, side, tiles, tile)
+        done += tiles * side
+
+
+def _three(rows: range, first: int, last: int, side: int, tiles: int, tile: Tile) -> Iterator[Call]:
+    """Cut blocks of ``side`` rows into their triangles and what is between them."""
+    if first == last:  # a single diagonal
+        yield Call(rows, range(last, last + side), None, 0, tiles)
+    elif tiles > 1:
+        yield Call(rows, range(first, first + side), 0, None, tiles)
+        if first + side < last:
+            yield Call(rows, range(first + side, last), tiles=tiles)
+        yield Call(rows, range(last, last + side), None, 0, tiles)
+    else:
+        yield from _reversed(rows, first, tile)
+        yield from _full(rows, range(first + side, last), tile)
+        yield from _causal(rows, last, tile)
+
+
+def _causal(rows: range, first: int, tile: Tile) -> Iterator[Call]:
+    """Cut the triangle in which row i sees the keys ``first`` to ``first + i``."""
+    yield from _leaves(rows, first, tile.leaf, (None, 0))
+    yield from _beside(rows, first, tile.leaf, tile, lower=True)
+
+
+def _reversed(rows: range, first: int, tile: Tile) -> Iterator[Call]:
+    """Cut the triangle in which row i of n sees the keys ``first + i`` to ``first + n - 1``."""
+    yield from _leaves(rows, first, tile.edge, (0, None))
+    yield from _beside(rows, first, tile.edge, tile, lower=False)
+
+
+def _leaves(rows: range, first: int, leaf: int, bounds: tuple[int | None, int | None]) -> Iterator[Call]:
+    """Yield the triangles along the diagonal: those of one leaf all in one call, and the rest."""
+    whole = len(rows) // leaf
+    if whole:
+        yield Call(rows[: whole * leaf], range(first, first + leaf), *bounds, whole)
+    if rest := rows[whole * leaf :]:
+        yield Call(rest, range(first + whole * leaf, first + len(rows)), *bounds)
+
+
+def _beside(rows: range, first: int, leaf: int, tile: Tile, *, lower: bool) -> Iterator[Call]:
+    """Cut what lies on one side of the leaves of a square by halving: below them, or above."""
+    count = -(-len(rows) // leaf)
+    if count < 2:
+        return
+    half = (count + 1) // 2 * leaf
+    near, far = range(first, first + half), range(first + half, first + len(rows))
+    yield from _full(rows[half:], near, tile) if lower else _full(rows[:half], far, tile)
+    yield from _beside(rows[:half], first, leaf, tile, lower=lower)
+    yield from _beside(rows[half:], first + half, leaf, tile, lower=lower)
+
+
+def _full(rows: range, columns: range, tile: Tile) -> Iterator[Call]:
+    for row in range(rows.start, rows.stop, tile.rows):
+        for column in range(columns.start, columns.stop, tile.columns):
+            yield Call(
+                range(row, min(row + tile.rows, rows.stop)),
+                range(column, min(column + tile.columns, columns.stop)),
+            )

@@ -1,0 +1,74 @@
+"""Blocks of neighbouring row chunks against every column chunk that any of them needs.
+
+It moves the fewest bytes on one device, and finishes rows one block after another.
+"""
+
+from typing import ClassVar
+
+from cqsa_stream.schedulers.grid import Axis, Grid
+from cqsa_stream.schedulers.runs import Runs
+from cqsa_stream.schedulers.tasks import NEVER, Task
+
+__all__ = ["Rectangular"]
+
+
+class Rectangular:
+    """Task t holds ``rows_per_task`` row chunks from ``t rows_per_task`` on."""
+
+    name: ClassVar = "rectangular"
+    returns: ClassVar = False
+    movable: ClassVar = False
+    grows: ClassVar = True
+    same_positions: ClassVar = False
+    needs: ClassVar = ""
+
+    def __init__(self, grid: Grid, rows_per_task: int) -> None:
+        self.grid = grid
+        self.rows_per_task = rows_per_task
+
+    @classmethod
+    def least_rows(cls, rows: Axis) -> int:
+        return 1
+
+    @classmethod
+    def over(cls, grid: Grid, rows_per_task: int, stride: int) -> "Rectangular":
+        return cls(grid, rows_per_task)
+
+    def __len__(self) -> int:
+        return -(-self.grid.rows.chunks // self.rows_per_task)
+
+    def task(self, number: int, lane: int) -> Task:
+        needed = {row: self.grid.needed(row) for row in self._rows(number)}
+        columns = self.chunks_of(number)[1]
+        return Task.of(number, lane, ((b, tuple(a for a, those in needed.items() if b in those)) for b in columns))
+
+    def chunks_of(self, number: int) -> tuple[list[int], Runs]:
+        needed = {row: found for row in self._rows(number) if (found := self.grid.needed(row))}
+        parts = (part for found in needed.values() for part in found.ranges)
+        return list(needed), Runs(sorted(parts, key=lambda part: part.start))
+
+    def _rows(self, number: int) -> range:
+        first = number * self.rows_per_task
+        return range(first, min(first + self.rows_per_task, self.grid.rows.chunks))
+
+    def next_row(self, row: int, after: int) -> int:
+        task = row // self.rows_per_task
+        return task if task > after else NEVER
+
+    def next_column(self, column: int, after: int) -> int:
+        row = self.grid.needing(column).first_from((after + 1) * self.rows_per_task)
+        return NEVER if row is None else row // self.rows_per_task
+
+    def found_again(self, slots: float) -> float:
+        """What the task before has streamed last is still there, as far as this one streams it, too."""
+        streamed = [len(self.chunks_of(number)[1]) for number in range(0, len(self), max(1, len(self) // 64))]
+        return sum(min(slots, n) for n in streamed) / max(1, sum(streamed))
+
+    def partials_found(self, places: int) -> float:
+        return 1.0
+
+    def ending_together(self) -> int:
+        """Those of a task, where all see all keys; else one after another."""
+        last = max(0, self.grid.rows.filled - self.rows_per_task)
+        ends = {self.grid.needed(row) for row in range(last, self.grid.rows.filled)}
+        return self.rows_per_task if len(ends) == 1 else 1
