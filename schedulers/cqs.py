@@ -88,6 +88,7 @@ class Cqs:
         self.rows_per_task = quorum_size(grid.rows.chunks)
         self._stride, self._back = stride, pow(stride, -1, grid.rows.chunks)
         self._places = _places(grid.rows.chunks, stride)
+        self._known: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
     @classmethod
     def least_rows(cls, rows: Axis) -> int:
@@ -108,8 +109,11 @@ class Cqs:
         return Task.of(number, lane, steps)
 
     def chunks_of(self, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        task = self.task(number, 0)
-        return task.rows, task.columns
+        known = self._known.get(number)
+        if known is None:
+            task = self.task(number, 0)
+            known = self._known[number] = task.rows, task.columns
+        return known
 
     def next_row(self, row: int, after: int) -> int:
         c = len(self)

@@ -90,6 +90,7 @@ class _Search:
         self.request, self.machine, self.work = request, machine, request.work
         self._layouts = Layouts(request, machine)
         self._grids: dict[tuple[Axis, Axis], Grid] = {}
+        self._schedules: dict[tuple[str, Axis, int, int], Schedule] = {}
         self._kernel_s: dict[tuple[Axis, int, Tile, TileTimes], float] = {}
 
     def best(self, kind: Kind) -> Plan:
@@ -120,16 +121,16 @@ class _Search:
 
     def counted(self, plan: Plan) -> Traffic:
         """Return what a plan moves, counted as exactly as a moment allows."""
-        return moved(self.work, make_schedule(plan.schedule, plan.grid, plan.layout), plan.layout, self.request.arrays)
+        return moved(self.work, self._schedule(plan.schedule, plan.grid, plan.layout), plan.layout, self.request.arrays)
 
     def costed(self, plan: Plan, count: Traffic, rates: Rates) -> Plan:
         """Return a plan with its price by these rates."""
-        schedule = make_schedule(plan.schedule, plan.grid, plan.layout)
+        schedule = self._schedule(plan.schedule, plan.grid, plan.layout)
         return replace(plan, cost=self._cost(schedule, plan.layout, count, rates, plan.footprint))
 
     def _priced(self, case: Case, layout: Layout, least: Footprint) -> Plan:
         grid = self._grid(case)
-        schedule = make_schedule(case.kind.name, grid, layout)
+        schedule = self._schedule(case.kind.name, grid, layout)
         held = self._layouts.footprint(case, layout)
         count = moved(self.work, schedule, layout, self.request.arrays, exactly=False)
         machine = self.machine
@@ -166,6 +167,12 @@ class _Search:
             stored = count.fetched_bytes
         cold = count.fetched_bytes if total is not None and stored > total else min(stored, count.fetched_bytes)
         return cost(self.work, schedule, layout, count, self._kernel_s[known], rates, every, cold, touched)
+
+    def _schedule(self, name: str, grid: Grid, layout: Layout) -> Schedule:
+        kind = name, grid.rows, layout.rows_per_task, layout.stride
+        if kind not in self._schedules:
+            self._schedules[kind] = make_schedule(name, grid, layout)
+        return self._schedules[kind]
 
     def _grid(self, case: Case) -> Grid:
         if self.request.grid is not None:

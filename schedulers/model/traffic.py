@@ -21,7 +21,7 @@ from cqsa_stream.schedulers.tasks import NEVER, Schedule, Task
 __all__ = ["Fetch", "Stored", "Traffic", "blocks_of_chunk", "fetches", "moved"]
 
 _MOST_COUNTED = 12_000  # fetches; more would take longer than planning should
-_TASKS_SAMPLED, _CHUNKS_SAMPLED, _PARTS_SAMPLED = 16, 24, 16
+_TASKS_SAMPLED, _CHUNKS_SAMPLED, _PARTS_SAMPLED = 12, 12, 8
 
 
 @dataclass(frozen=True)
@@ -250,11 +250,9 @@ class _Count:
         times, stored = share * len(chunks) / len(spans), self._arrays[array]
         for span in spans:
             starts = range(span.start, span.stop, length)
-            parts = [range(start, min(start + length, span.stop)) for start in _spread(starts, _PARTS_SAMPLED)]
-            fetched = sum(map(stored.fetched_bytes, parts)) * len(span) / sum(map(len, parts))
             self._tokens[array] += times * len(span)
             self._blocks += times * len(starts)
-            self._fetched[stored.encoding] += times * (1 - found) * fetched
+            self._fetched[stored.encoding] += times * (1 - found) * _fetched(stored, span, starts)
 
     def _traffic(self) -> Traffic:
         """Return what all lanes move; what is fetched was counted for some of them."""
@@ -282,6 +280,14 @@ class _Count:
 
     def _file_bytes(self, row: int) -> int:
         return partial_file_bytes(self._work, len(self._grid.rows.span(row)), self._grid.columns.chunks)
+
+
+def _fetched(stored: Stored, span: range, starts: range) -> float:
+    """Return the bytes fetched to read a span in pieces: of stored chunks that come whole, from some of the pieces."""
+    if stored.encoding != "compressed":
+        return stored.fetched_bytes(span)
+    parts = [range(start, min(start + starts.step, span.stop)) for start in _spread(starts, _PARTS_SAMPLED)]
+    return sum(map(stored.fetched_bytes, parts)) * len(span) / sum(map(len, parts))
 
 
 def _spread(items: Sequence[int], most: int) -> list[int]:
