@@ -157,8 +157,10 @@ LONG = "x" * 2000  # as what S3 signs is
     "url", ["http://user:pw@{}/a.zarr", "http://{}/a.zarr?token=pw", f"http://{{}}/a.zarr?a={LONG}&token=pw"]
 )
 def test_a_url_is_read_with_its_secrets_which_nobody_sees(
-    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    at_once = {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"}
+    monkeypatch.setattr("cqsa_stream.storage.readers.tensorstore._RETRIES", at_once)
     path, values = by_zarr()(tmp_path, numbers("float32")), numbers("float32")
     with http_server() as root:
         source = url.format(f"{root.removeprefix('http://')}{tmp_path}")
