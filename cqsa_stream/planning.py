@@ -1,5 +1,6 @@
 """From a problem, its arrays and a device to a plan."""
 
+import logging
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,14 +21,16 @@ from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.model.memory import Layout, Workload
 from cqsa_stream.schedulers.model.traffic import Stored
 from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.schedulers.request import Request
+from cqsa_stream.schedulers.request import Machine, Request
 from cqsa_stream.schedulers.schedules import AUTO
-from cqsa_stream.schedulers.search import make_plan
+from cqsa_stream.schedulers.search import make_plan, plan_again
 from cqsa_stream.storage.contract import TokenArray
 from cqsa_stream.storage.errors import FullDiskError
 from cqsa_stream.storage.readers.plain import CACHED_BYTES
 
 __all__ = ["Chosen", "plan_run", "refuse_over_budget", "refuse_what_is_not_there"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ def plan_run(
     out: Path | None = None,
     grid: Grid | None = None,
     out_tokens: int | None = None,
-    fixed: Chosen | None = None,
+    fixed: tuple[Chosen, Options] | None = None,
 ) -> tuple[Plan, Device]:
     """Return the plan, over budget or not, and the device it is for. ``out``: where a new durable run's output goes;
-    ``grid`` and ``out_tokens`` of a run that has begun, and ``fixed``, what its last session chose.
+    ``grid`` and ``out_tokens`` of a run that has begun, and ``fixed``, what its last session chose, by what options.
 
     Raises InputError.
     """
@@ -60,16 +63,39 @@ def plan_run(
     device, stored = device_of(options.device or "auto"), getattr(torch, problem.dtype)
     if problem.dtype == "float64" and device.habits.own_memory:
         raise InputError(f"float64 arrays on {device}: take --device cpu, or convert them to float32")
-    choice, again = options.kernel_choice(device, problem), None
+
+    def asked(options: Options, choice: KernelChoice) -> tuple[Request, Machine]:
+        kernel = kernel_of(choice, device.torch, stored)
+        work = _workload(problem, arrays, kernel, merged_at_once=merges_at_once(device.torch), durable=durable)
+        request = _request(problem, arrays, work, options, grid=grid, out_tokens=out_tokens)
+        return request, describe(device, problem, choice, *options.budgets, out)
+
+    plan = None
     if fixed is not None:
+        chosen, before = fixed
         with suppress(ValueError, KeyError, TypeError):  # InputError too: chosen by another version, or elsewhere
-            found = KernelChoice(fixed.kernel, fixed.operator)
-            kernel_of(found, device.torch, stored)
-            again, choice = (fixed.schedule, Layout.from_dict(fixed.layout)), found
-    kernel = kernel_of(choice, device.torch, stored)
-    machine = describe(device, problem, choice, *options.budgets, out)
-    request = Request(
-        work=_workload(problem, arrays, kernel, merged_at_once=merges_at_once(device.torch), durable=durable),
+            layout = Layout.from_dict(chosen.layout)
+            plan = plan_again(*asked(before, KernelChoice(chosen.kernel, chosen.operator)), chosen.schedule, layout)
+        if plan is None:
+            _log.warning("what the last session chose does not fit any more; the run is planned anew")
+    try:
+        plan = plan or make_plan(*asked(options, options.kernel_choice(device, problem)))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return replace(plan, about=str(problem)), device
+
+
+def _request(
+    problem: Problem,
+    arrays: dict[str, TokenArray],
+    work: Workload,
+    options: Options,
+    *,
+    grid: Grid | None,
+    out_tokens: int | None,
+) -> Request:
+    return Request(
+        work=work,
         queries=problem.queries,
         keys=problem.keys,
         same_positions=problem.same_positions,
@@ -84,12 +110,7 @@ def plan_run(
         chunks=options.chunks,
         grid=grid,
         out_tokens=out_tokens,
-        fixed=again,
     )
-    try:
-        return replace(make_plan(request, machine), about=str(problem)), device
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def refuse_over_budget(plan: Plan) -> None:

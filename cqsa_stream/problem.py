@@ -99,7 +99,7 @@ class Problem:
             raise InputError(
                 f"queries {queries!r}, q_start {q_start!r}; expected two whole numbers, and one"
             ) from error
-        if abs(q_start) > 2**62 or batch * kv_heads > MOST_LANES:
+        if max(abs(q_start), abs(q_start + query_tokens)) > 2**62 or batch * kv_heads > MOST_LANES:
             raise InputError(
                 f"q_start {q_start}, batch x key/value heads {batch * kv_heads}; expected at most 2^62 and {MOST_LANES}"
             )

@@ -58,18 +58,24 @@ class Layouts:
     def possible(self, case: Case, layout: Layout) -> bool:
         """Return whether a layout that a file claims is one of a run of this case, whatever it holds."""
         held, least = layout.rows_per_task, case.kind.least_rows(case.rows)
-        block = min(layout.block_tokens, case.columns.chunk_tokens)
+        block, tile = layout.block_tokens, layout.tile
+        like = self._layout(case, block, layout.ring_slots, self._out_tokens(case.rows)[0])
         same = replace(
             layout,
-            block_tokens=block,
-            query_tokens=query_tokens(self.work, block),
-            slot_bytes=slot_bytes(self.work, block),
-            out_tokens=self._out_tokens(case.rows)[0],
+            query_tokens=like.query_tokens,
+            slot_bytes=like.slot_bytes,
+            tile=replace(like.tile, rows=tile.rows),  # the most rows are measured, and may be others now
+            out_tokens=like.out_tokens,
+            resident_columns=like.resident_columns,
+            parked_rows=0 if self._one_pool else layout.parked_rows,
         )
         return (
-            layout == same
+            block in self._blocks(case.columns)
+            and layout == same
+            and layout.ring_slots >= _RINGS[-1]
+            and tile.rows >= min(_SMALLEST_BLOCK, case.rows.chunk_tokens)
             and least <= held <= (max(least, case.rows.filled) if case.kind.grows else least)
-            and min(layout.query_places, layout.resident_rows, layout.resident_columns * held) >= held
+            and min(layout.query_places, layout.resident_rows) >= held
             and layout.in_place == self._one_pool
             and gcd(layout.stride, case.rows.chunks) == 1
         )
@@ -138,7 +144,7 @@ class Layouts:
                 tile.bands,
             ),
             out_tokens=out,
-            parked_rows=missing * (not self._one_pool),
+            parked_rows=0 if self._one_pool else _parked(missing),
             leaving_rows=0 if self._one_pool else 1,
             in_flight=in_flight,
         )
@@ -152,7 +158,7 @@ class Layouts:
         low = layout.resident_rows
 
         def resident(n: int) -> Layout:  # those that must be parked otherwise need not be
-            return replace(layout, resident_rows=n, parked_rows=max(0, layout.parked_rows - (n - low)))
+            return replace(layout, resident_rows=n, parked_rows=_parked(max(0, layout.parked_rows - 1 - (n - low))))
 
         layout = self._most(case, low, max(low, most), resident)
         if not self._one_pool:
@@ -189,7 +195,7 @@ class Layouts:
         filled = case.rows.filled
         if case.kind.returns:
             low = layout.parked_rows
-            most = max(low, filled - layout.resident_rows)
+            most = max(low, _parked(max(0, filled - layout.resident_rows)))
             layout = self._most(case, low, most, lambda n: replace(layout, parked_rows=n))
         budget = self.machine.host_allowed_bytes // _LEAVING_SHARE
         affordable = budget // leaving_bytes(self.work, case.rows.chunk_tokens)
@@ -201,7 +207,7 @@ class Layouts:
     def _ordered(self, case: Case, layout: Layout) -> Layout:
         """Take the tasks in the order in which most of what stays in memory is used again."""
         room = layout.resident_rows + layout.parked_rows
-        spilling = room < case.rows.filled
+        spilling = layout.resident_rows < case.rows.filled >= room
         if not case.kind.returns or not (spilling or layout.cache_slots):
             return layout
         partials = room - layout.rows_per_task if spilling else 0
@@ -245,3 +251,8 @@ class Layouts:
                 tokens //= 2
             sizes.append(tokens)
         return sizes
+
+
+def _parked(partials: int) -> int:
+    """Return the places for partials in host memory: one more, as the next comes to the device when one has left."""
+    return partials + 1 if partials else 0

@@ -6,7 +6,7 @@ from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.masks.bands import Mask
 from cqsa_stream.schedulers.masks.calls import Tile
 from cqsa_stream.schedulers.model.habits import Habits
-from cqsa_stream.schedulers.model.memory import Layout, Workload
+from cqsa_stream.schedulers.model.memory import Workload
 from cqsa_stream.schedulers.model.rates import Rates
 from cqsa_stream.schedulers.model.traffic import Stored
 from cqsa_stream.schedulers.schedules import AUTO
@@ -45,8 +45,7 @@ class Machine:
 @dataclass(frozen=True)
 class Request:
     """What is to be planned. ``chunks`` and ``schedule`` are given where a user forces them; ``grid`` and
-    ``out_tokens`` where a run has begun, whose output is stored in chunks of so many tokens; ``fixed``, the schedule
-    and layout that it used last, where they are to be used again.
+    ``out_tokens`` where a run has begun, whose output is stored in chunks of so many tokens.
 
     ``mask`` is over (query rows, keys), both counted from 0; ``arrays``: how query, key and value are stored.
     """
@@ -62,4 +61,3 @@ class Request:
     chunks: int | None = None
     grid: Grid | None = None
     out_tokens: int | None = None
-    fixed: tuple[str, Layout] | None = None

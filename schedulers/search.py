@@ -16,7 +16,7 @@ from cqsa_stream.schedulers.request import Machine, Request
 from cqsa_stream.schedulers.schedules import AUTO, SCHEDULES, make_schedule
 from cqsa_stream.schedulers.tasks import Schedule
 
-__all__ = ["MOST_CHUNKS", "make_plan"]
+__all__ = ["MOST_CHUNKS", "make_plan", "plan_again"]
 
 _TIE = 1.02  # seconds that differ by less are equal: the model is no better than that
 _WEIGHED = 3  # numbers of chunks that fit, the fewest first
@@ -33,14 +33,17 @@ def make_plan(request: Request, machine: Machine) -> Plan:
     if request.chunks is not None and request.chunks > MOST_CHUNKS:
         raise ValueError(f"{request.chunks} chunks; expected at most {MOST_CHUNKS}")
     search = _Search(request, machine)
-    if request.fixed is not None and (again := search.again(*request.fixed)) is not None:
-        return again
     best = [search.best(kind) for kind in _kinds(request)]
     counts = [search.counted(plan) for plan in best]
     chosen = _choose([search.costed(*it, machine.rates) for it in zip(best, counts, strict=True)], even=_even(request))
     least = min((plan.least for plan in best), key=_held)
     found = tuple(replace(search.costed(*it, machine.measured), least=least) for it in zip(best, counts, strict=True))
     return replace(found[chosen], candidates=found)
+
+
+def plan_again(request: Request, machine: Machine, schedule: str, layout: Layout) -> Plan | None:
+    """Return the plan of a run that has begun by what it used before; None where that does not fit any more."""
+    return _Search(request, machine).again(schedule, layout)
 
 
 def _kinds(request: Request) -> list[Kind]:

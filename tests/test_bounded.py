@@ -50,6 +50,16 @@ def test_growth_stays_within_the_budget(dtype: str, codec: str, cli: Cli, tmp_pa
         assert found["grown"] <= found["projected"]
 
 
+def test_windows_of_narrow_values_stay_within_the_budget(cli: Cli, tmp_path: Path) -> None:
+    """Low tiles share keys: what the kernel pads to equal head dims is not copied for each."""
+    for name, width in (("d", 128), ("narrow", 8)):
+        assert cli("generate", name, "--tokens", 65_536, "--heads", 1, "--head-dim", width).returncode == 0
+    (tmp_path / "d/v.zarr").rename(tmp_path / "d/wide.zarr")
+    (tmp_path / "narrow/v.zarr").rename(tmp_path / "d/v.zarr")
+    found = measured(tmp_path, "d", "o", window=4_096, host_memory="124MiB", device="cpu")
+    assert found["grown"] <= found["projected"] <= 124 * MIB
+
+
 def test_more_tokens_need_no_more_memory(cli: Cli, tmp_path: Path) -> None:
     words = ("--heads", 1, "--head-dim", 64, "--dtype", "float32")
     for name, tokens in (("short", 40_000), ("long", 160_000)):

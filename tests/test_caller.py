@@ -70,6 +70,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"queries": 4}, "whole numbers"),
     ({"queries": (0.0, 3.0)}, "whole numbers"),
     ({"q_start": "0"}, "whole numbers"),
+    ({"q_start": 2**62}, "at most 2"),
+    ({"q_start": -(2**62) - 1}, "at most 2"),
     ({"window": 0}, "at least 1"),
     ({"window": -3}, "at least 1"),
     ({"window": True}, "at least 1"),

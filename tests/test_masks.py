@@ -120,6 +120,13 @@ def test_what_is_no_list_of_bands_is_refused(numbers: object) -> None:
         Mask.from_list(numbers, "any")
 
 
+def test_a_list_so_long_that_looking_for_overlaps_takes_for_ever_is_refused() -> None:
+    numbers = [[0, 9**9, 2 * i, 2 * i + 1, None, None] for i in range(257)]
+    assert len(Mask.from_list(numbers[:256], "any")) == 256
+    with pytest.raises(ValueError, match="257 bands; expected at most 256"):
+        Mask.from_list(numbers, "any")
+
+
 def check(mask: Mask, rows: range, columns: range, tile: Tile) -> None:
     visible = {pair for band in mask for pair in dense(band) if pair[0] in rows and pair[1] in columns}
     computed: Counter[tuple[int, int]] = Counter()
@@ -127,6 +134,7 @@ def check(mask: Mask, rows: range, columns: range, tile: Tile) -> None:
         assert 0 < len(call.rows) <= tile.rows
         assert call.height * call.tiles == len(call.rows)
         assert 0 < len(call.columns) <= max(tile.columns, tile.rows, call.height)
+        assert not call.left is call.right is None or len(call.columns) <= tile.columns
         full_call, both = call.left is call.right is None, None not in (call.left, call.right)
         assert full_call or both or (call.left, call.right) in ((None, 0), (0, None))
         assert full_call or both or len(call.columns) == call.height <= (tile.leaf if call.left is None else tile.edge)

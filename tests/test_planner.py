@@ -1,6 +1,7 @@
 """The planner: sums spelled out, budgets kept, the smallest feasible budget found. No disk, no torch tensors."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -29,7 +30,7 @@ from cqsa_stream.schedulers.model.traffic import Stored, Traffic
 from cqsa_stream.schedulers.rectangular import Rectangular
 from cqsa_stream.schedulers.request import Machine, Request
 from cqsa_stream.schedulers.schedules import make_schedule
-from cqsa_stream.schedulers.search import make_plan
+from cqsa_stream.schedulers.search import make_plan, plan_again
 from cqsa_stream.schedulers.tasks import Schedule
 
 MIB = 2**20
@@ -315,15 +316,47 @@ def test_a_window_is_read_where_it_is() -> None:
 def test_a_layout_that_was_used_is_used_again_while_it_fits() -> None:
     first = make_plan(request(50_000, causal=True), MACHINE)
     begun = dataclasses.replace(request(50_000, causal=True), grid=first.grid, out_tokens=first.layout.out_tokens)
-    fixed = dataclasses.replace(begun, fixed=(first.schedule, first.layout))
     slow = dataclasses.replace(SPEEDS, read_bytes_per_s=1e6, block_s=1.0)
-    other = dataclasses.replace(allowed(2**40), rates=Rates(TILES.scaled(9), slow), tile=Tile(2_048, 2_048, 512, 256))
-    again = make_plan(fixed, other)
+    fewer = dataclasses.replace(TILE, rows=2_048)
+    other = dataclasses.replace(allowed(2**40), rates=Rates(TILES.scaled(9), slow), tile=fewer)
+    again = plan_again(begun, other, first.schedule, first.layout)
+    assert again is not None
     assert (again.schedule, again.layout) == (first.schedule, first.layout)
     assert make_plan(begun, other).layout != first.layout
-    tight = make_plan(fixed, allowed(make_plan(begun, MACHINE).least.host_bytes))
-    assert tight.fits
-    assert tight.layout != first.layout
+    assert plan_again(begun, allowed(first.least.host_bytes), first.schedule, first.layout) is None
+    little = dataclasses.replace(MACHINE, host_free_bytes=first.footprint.host_bytes - 1)
+    assert plan_again(begun, little, first.schedule, first.layout) is None
+
+
+@pytest.mark.parametrize("change", [
+    {"ring_slots": 1}, {"ring_slots": 3}, {"parked_rows": 1}, {"resident_columns": 2}, {"block_tokens": 1},
+    {"tile": dataclasses.replace(TILE, columns=1)}, {"tile": dataclasses.replace(TILE, leaf=1)},
+    {"tile": dataclasses.replace(TILE, edge=1)}, {"tile": dataclasses.replace(TILE, rows=1)},
+    {"tile": dataclasses.replace(TILE, bands=True)},
+], ids=str)  # fmt: skip
+def test_a_layout_that_no_plan_has_is_not_used(change: dict[str, Any]) -> None:
+    """One slot of the ring would be waited for without end, and tiles of one key would take for ever."""
+    first = make_plan(request(50_000, causal=True), MACHINE)
+    begun = dataclasses.replace(request(50_000, causal=True), grid=first.grid, out_tokens=first.layout.out_tokens)
+    forged = dataclasses.replace(first.layout, **change)
+    assert plan_again(begun, MACHINE, first.schedule, first.layout) is not None
+    assert plan_again(begun, MACHINE, first.schedule, forged) is None
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("chunks", [7, 13, 31, 57])
+def test_partials_that_have_places_in_memory_never_leave_it(chunks: int, durable: bool) -> None:
+    """On a device with memory of its own: the next comes when one has left, which takes one place more."""
+    wanted = dataclasses.replace(request(chunks * 8_192, durable=durable), chunks=chunks, schedule="cqs")
+    ample = dataclasses.replace(MACHINE, habits=CUDA, device_allowed_bytes=2**40, host_allowed_bytes=2**40)
+    least = make_plan(wanted, ample).least.device_bytes
+    parked = 0
+    for extra in (1.0, 1.1, 1.3, 1.6, 2.0, 3.0):
+        plan = make_plan(wanted, dataclasses.replace(ample, device_allowed_bytes=int(least * extra)))
+        assert plan.fits
+        assert not plan.cost.spills
+        parked = max(parked, plan.layout.parked_rows)
+    assert parked or chunks == 7
 
 
 def test_equal_prices_go_to_cqs_and_spills_to_rectangular() -> None:

@@ -1,10 +1,12 @@
 """Durability: real processes killed at real moments, then resumed, end bit-identical to an uninterrupted run."""
 
+import dataclasses
 import json
 import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import torch
 import zarr
 
 import cqsa_stream as cqsa
+from cqsa_stream.run.directory import RunDirectory
 from tests.conftest import Cli, environment, stopping_after
 from tests.holding import HELD, HOLDING, wait_for
-from tests.reference import inputs
+from tests.reference import dense, inputs
 
 TOKENS, HEADS = 6000, 2
 QKV = ("d/q.zarr", "d/k.zarr", "d/v.zarr")
@@ -178,6 +181,25 @@ def test_every_partial_damaged_at_once_is_survived(cli: Cli, tmp_path: Path) -> 
         file.write_bytes(data)
     assert cli("run", *QKV, "out").returncode == 0
     assert json.loads(cli("verify", "out.run", "--json").stdout)["ok"]
+
+
+def test_what_a_file_says_of_an_empty_chunk_counts_for_nothing(tmp_path: Path) -> None:
+    """57 chunks of 50 tokens: those past the end are no rows, whatever a file says that looks like one of the run."""
+    tensors = inputs("normal", torch.float32, 1, 1, 50, 8)
+    options: Any = {"chunks": 57, "device": "cpu", "out": tmp_path / "out"}
+    with pytest.raises(cqsa.RunStopped):
+        cqsa.attention(*tensors, max_seconds=0, **options)
+    directory = RunDirectory(tmp_path / "out.run")
+    store = directory.store(directory.manifest())
+    store.prepare()
+    store.sums = [dataclasses.replace(store.sums[0], chunks=57)]
+    for chunk in range(50, 57):
+        store.finish(0, 0, chunk, 1)
+    found = torch.from_numpy(cqsa.attention(*tensors, **options).read().result())
+    torch.testing.assert_close(found.double(), dense(*tensors)[0], rtol=2e-5, atol=2e-6)
+    assert cqsa.open_run(tmp_path / "out.run").status()["complete"]
+    assert len(store.covers()[0]) == 57
+    assert len(directory.store(directory.manifest()).covers()[0]) == 50
 
 
 @pytest.mark.usefixtures("data")

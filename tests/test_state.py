@@ -28,8 +28,8 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> list[Chosen | None]:
     """What sessions ask the planner to keep, in order."""
     asked: list[Chosen | None] = []
 
-    def watched(*args: Any, fixed: Chosen | None = None, **known: Any) -> Any:
-        asked.append(fixed)
+    def watched(*args: Any, fixed: tuple[Chosen, Options] | None = None, **known: Any) -> Any:
+        asked.append(fixed and fixed[0])
         return plan_run(*args, fixed=fixed, **known)
 
     monkeypatch.setattr("cqsa_stream.run.session.plan_run", watched)
@@ -81,6 +81,30 @@ def test_what_was_chosen_and_does_not_fit_is_planned_anew(fixed: list[Chosen | N
         assert set(found.layout) == set(before.chosen.layout)
         assert found.layout != layout
     assert cli("run", *QKV, "out").returncode == 0
+
+
+@pytest.mark.usefixtures("data")
+def test_what_is_free_may_change_as_long_as_the_plan_fits_it(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session takes 80 % of what is free; the next keeps its plan while that fits what is free then, to the byte."""
+
+    def chosen(free: int) -> tuple[Any, Any]:
+        caplog.clear()
+        monkeypatch.setattr("cqsa_stream.machine.budgets.free_host_bytes", lambda: free)
+        assert cli("run", *QKV, "out", *STOPPED, "--device", "cpu", "--causal").returncode == 3
+        state = json.loads((tmp_path / "out.run/state.json").read_bytes())
+        return state["chosen"], state["options"]["host_memory"]
+
+    least = json.loads(cli("plan", *QKV, "--causal", "--device", "cpu", "--json").stdout)["host_least_bytes"]
+    before, budget = chosen(2 * least)
+    held = json.loads(cli("status", "out.run", "--json").stdout)["host_projected_bytes"]
+    assert 0.8 * held < least, "80 % of that lets no plan in"
+    assert chosen(held) == (before, budget)
+    assert not caplog.records
+    monkeypatch.setattr("cqsa_stream.machine.budgets.free_host_bytes", lambda: held - 1)
+    assert cli("run", *QKV, "out", *STOPPED, "--causal").returncode == 4
+    assert "does not fit any more" in caplog.text
 
 
 @pytest.mark.usefixtures("data")

@@ -64,6 +64,18 @@ def test_shapes(queries: int, keys: int, q_start: int, rows: tuple[int, int] | N
     torch.testing.assert_close(lse.double(), expected_lse[:, :, part], rtol=1e-5, atol=1e-5)
 
 
+def test_sessions_of_one_task_give_the_bits_of_one_session(tmp_path: Path) -> None:
+    """Whatever place a row's queries come to: 17 numbers do not fill lines of a processor's cache."""
+    tensors = inputs("normal", torch.float32, 2, 2, 600, 17)
+    options: Any = {"window": 64, "schedule": "cqs", "chunks": 21, "device": "cpu", "host_memory": "64MiB"}
+    whole = cqsa.attention(*tensors, out=tmp_path / "whole", **options).read().result()
+    for _ in range(30):
+        with pytest.raises(cqsa.RunStopped):
+            cqsa.attention(*tensors, out=tmp_path / "parts", max_seconds=0, **options)
+    parts = cqsa.attention(*tensors, out=tmp_path / "parts", **options).read().result()
+    np.testing.assert_array_equal(whole.view(np.uint32), parts.view(np.uint32))
+
+
 @pytest.mark.parametrize("kind", ["peaked", "sink", "uniform", "early keys unseen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_hard_inputs_and_long_stacks(dtype: torch.dtype, kind: str) -> None:

@@ -18,12 +18,11 @@ from cqsa_stream.engine.operation import Fields
 from cqsa_stream.engine.stores import Store
 from cqsa_stream.machine.device import DONE, Device, Event
 from cqsa_stream.schedulers.grid import Axis
+from cqsa_stream.schedulers.model.memory import in_lines
 from cqsa_stream.schedulers.operands import Sum
 from cqsa_stream.schedulers.residency import Standing
 
 __all__ = ["Accumulator", "Accumulators", "fields_in", "place_bytes"]
-
-_LINE = 64  # bytes of a processor's cache line
 
 
 @dataclass
@@ -167,23 +166,19 @@ class Accumulators:
 
 def place_bytes(sum_: Sum, tokens: int) -> int:
     """Return the bytes of a place for a partial of so many tokens, each field in whole lines of a processor's cache."""
-    return sum(_in_lines(field.numbers * tokens * field.itemsize) for field in sum_.fields)
+    return sum(in_lines(field.numbers * tokens * field.itemsize) for field in sum_.fields)
 
 
 def fields_in(place: Tensor, sum_: Sum, tokens: int, most: int) -> Fields:
     """Return the fields of so many tokens in a place that was made for ``most``."""
     found, start = [], 0
     for about in sum_.fields:
-        size = _in_lines(about.numbers * most * about.itemsize)
+        size = in_lines(about.numbers * most * about.itemsize)
         shape = about.shape(tokens)
         numbers = place[start : start + size].view(getattr(torch, about.dtype))
         found.append(numbers[: math.prod(shape)].view(shape))
         start += size
     return tuple(found)
-
-
-def _in_lines(size: int) -> int:
-    return -(-size // _LINE) * _LINE
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -39,13 +39,15 @@ class Calls:
     def _tile(self, queries: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Run the kernel; several tiles go in as so many heads, and come back as rows.
 
-        Keys and values of one K/V head are not copied for it: they are views, which overlap where tiles share keys.
+        Keys and values of one K/V head are not copied for it: they are views, which overlap where tiles share keys. So
+        what a kernel would pad is padded before.
         """
         if call.tiles == 1:
             return self._kernel.attend(queries, key, value, call.left, call.right, self._scale)
-        heads, rows, n = *queries.shape[:2], call.tiles
+        heads, rows, n, value_dim = *queries.shape[:2], call.tiles, value.shape[2]
+        queries, key, value = self._kernel.abilities.padded(queries, key, value)
         query = queries.reshape(heads, n, rows // n, -1).transpose(0, 1).flatten(0, 1)
         key, value = (x.unfold(1, len(call.columns), rows // n).permute(1, 0, 3, 2).flatten(0, 1) for x in (key, value))
         out, lse = self._kernel.attend(query, key, value, call.left, call.right, self._scale)
-        out = out.reshape(n, heads, rows // n, -1).transpose(0, 1).reshape(heads, rows, -1)
+        out = out[:, :, :value_dim].reshape(n, heads, rows // n, -1).transpose(0, 1).reshape(heads, rows, -1)
         return out, lse.reshape(n, heads, rows // n).transpose(0, 1).reshape(heads, rows)

@@ -16,7 +16,7 @@ from cqsa_stream.engine.prefetch import Loaded
 from cqsa_stream.machine.device import DONE, Device, Event
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis
-from cqsa_stream.schedulers.model.memory import Layout
+from cqsa_stream.schedulers.model.memory import Layout, in_lines
 
 __all__ = ["Stage"]
 
@@ -33,14 +33,16 @@ class Stage:
         self._held: list[Loaded] = []
         self._turn = 0
         turns = 0 if self._aliases else device.habits.block_buffers
-        widths = (problem.head_dim, problem.value_dim)
-        blocks = torch.empty(turns, layout.block_tokens * sum(widths), dtype=compute, device=place)
-        self._blocks = [block.split([layout.block_tokens * width for width in widths]) for block in blocks]
+
+        def places(count: int, numbers: int) -> Tensor:  # bits must not depend on which of them is free
+            size = in_lines(numbers * compute.itemsize) // compute.itemsize
+            return torch.empty(count, size, dtype=compute, device=place)
+
+        numbers = [layout.block_tokens * width for width in (problem.head_dim, problem.value_dim)]
+        self._blocks = [block[: sum(numbers)].split(numbers) for block in places(turns, sum(numbers))]
         size = layout.slot_bytes // stored.itemsize if copies and stored != compute else 0
         self._narrow = torch.empty(size, dtype=stored, device=place)
-        self._queries = torch.empty(
-            layout.query_places, problem.group * rows.chunk_tokens * problem.head_dim, dtype=compute, device=place
-        )
+        self._queries = places(layout.query_places, problem.group * rows.chunk_tokens * problem.head_dim)
         self._places: deque[tuple[int, Event]] = deque((i, DONE) for i in range(layout.query_places))
         self._place_of: dict[int, int] = {}
         self._stream = device.new_stream()  # after what was allocated: memory used before may still be read

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cqsa_stream.schedulers.masks.calls import Tile
 
@@ -49,8 +50,8 @@ class Abilities:
     ``dtypes``: it computes in; ``tile``: the largest call it likes; ``score_terms``: names of what it can add to
     scores; ``score_bytes``: what a call holds besides its result, for each row and each of up to ``score_columns``
     keys; ``calls_at_a_time``: on streams of their own; ``workspace_bytes``: what its libraries take from torch's
-    allocator, once; ``rounded_tiles``: each tile's output is rounded to 16 bits before it is merged; ``backward``:
-    whether it can compute gradients.
+    allocator, once; ``whole_dims``: head dims must be equal, and multiples of it (0: any); ``rounded_tiles``: each
+    tile's output is rounded to 16 bits before it is merged; ``backward``: whether it can compute gradients.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -60,12 +61,20 @@ class Abilities:
     score_columns: int = 0
     calls_at_a_time: int = 1
     workspace_bytes: int = 0
+    whole_dims: int = 0
     rounded_tiles: bool = False
     backward: bool = False
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """Return the dtype in which tiles must stand on the device: the stored one, or the first that holds it."""
         return stored if stored in self.dtypes else self.dtypes[0]
+
+    def padded(self, q: Queries, k: Keys, v: Values) -> tuple[Tensor, Tensor, Tensor]:
+        """Return them with the head dims that the kernel takes: zeros are added, which change no score."""
+        whole = self.whole_dims
+        width = whole and -(-max(q.shape[2], v.shape[2]) // whole) * whole
+        q, k, v = (x if width in (0, x.shape[2]) else pad(x, (0, width - x.shape[2])) for x in (q, k, v))
+        return q, k, v
 
 
 class Kernel(Hashable, Protocol):

@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from cqsa_stream.kernels.contract import Abilities, Attended, Keys, Queries, Values
 from cqsa_stream.kernels.fold import fold
@@ -23,13 +22,15 @@ _ROWS, _KEYS = 256, 1_024  # of the formula at a time: their scores are written 
 class TorchCpuKernel:
     """float32 tiles on the CPU, and float64 ones of float64 arrays."""
 
-    abilities = Abilities(dtypes=(torch.float32, torch.float64), tile=Tile(16_384, 16_384, 1_024, 128, bands=True))
+    abilities = Abilities(
+        dtypes=(torch.float32, torch.float64), tile=Tile(16_384, 16_384, 1_024, 128, bands=True), whole_dims=1
+    )
 
     def attend(self, q: Queries, k: Keys, v: Values, left: int | None, right: int | None, scale: float) -> Attended:
         if k.shape[1] == 0:
             return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf)
-        width, value_dim = max(q.shape[2], v.shape[2]), v.shape[2]  # the operator refuses dv != d: pad with zeros
-        q, k, v = (x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in (q, k, v))
+        value_dim = v.shape[2]
+        q, k, v = self.abilities.padded(q, k, v)
         causal = (left, right) == (None, 0) and q.shape[1] == k.shape[1]
         hidden = None if causal else _added(q.shape[1], k.shape[1], left, right, q.dtype)
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -39,7 +40,7 @@ class TorchCpuKernel:
         return out, lse
 
 
-@lru_cache(4)
+@lru_cache(1)
 def _added(rows: int, columns: int, left: int | None, right: int | None, dtype: torch.dtype) -> Tensor | None:
     """Return what is added to the scores: -inf where a row does not see a column. None where all see all."""
     hidden = unseen(torch.arange(rows), torch.arange(columns), left, right)

@@ -10,7 +10,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from cqsa_stream.kernels.contract import Abilities, Attended, Keys, Queries, Values, by_triangles
 from cqsa_stream.schedulers.masks.calls import Tile
@@ -25,6 +24,7 @@ class TorchCudaKernel:
         dtypes=(torch.float16, torch.bfloat16),
         tile=Tile(65_536, 65_536, 65_536, 65_536),
         calls_at_a_time=2,
+        whole_dims=8,
         rounded_tiles=True,
     )
 
@@ -37,8 +37,7 @@ class TorchCudaKernel:
             empty = q.new_zeros(*q.shape[:2], v.shape[2], dtype=torch.float32)
             return empty, empty.new_full(q.shape[:2], -torch.inf)
         value_dim = v.shape[2]
-        width = -(-max(q.shape[2], value_dim) // 8) * 8
-        q, k, v = (x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in (q, k, v))
+        q, k, v = self.abilities.padded(q, k, v)
         out, lse = by_triangles(OPERATORS[self.operator], q, k, v, left, right, scale)
         return _without_unseen(out[:, :, :value_dim], lse)
 

@@ -129,7 +129,7 @@ class RunDirectory:
         def field_bytes(row: int) -> tuple[int, ...]:
             return tuple(field.numbers * field.itemsize * len(rows.span(row)) for field in by_rows.fields)
 
-        files = SumFiles(rows.chunks, manifest.columns.chunks, field_bytes, manifest.grid.complete_cover)
+        files = SumFiles(rows.filled, manifest.columns.chunks, field_bytes, manifest.grid.complete_cover)
         return PartialStore(self.path / "partials", manifest.run_hash, manifest.problem.lanes, [files])
 
     @contextmanager

@@ -59,10 +59,12 @@ class State:
             raise ValueError(f"rounded_tiles {found.rounded_tiles!r}")
         return found
 
-    def inherited(self, options: Options) -> tuple[Options, Chosen | None]:
-        """Return the options with what the user did not name, and what was chosen where nothing else is asked for.
+    def inherited(self, options: Options) -> tuple[Options, tuple[Chosen, Options] | None]:
+        """Return the options with what the user did not name; and, where nothing else is asked for than before, what
+        was chosen, and the options it was chosen by.
 
-        Budgets that are not named are what they were, as far as that is free now; those of another device say nothing.
+        To plan anew, budgets that are not named are what they were, as far as that is free now; those of another device
+        say nothing.
         """
         named = {name: value for name, value in asdict(options).items() if value is not None}
         had = {name: getattr(self.options, name) for name in _KEPT}
@@ -71,11 +73,13 @@ class State:
             if named["device"] != had["device"]:
                 had = {name: had[name] for name in ("schedule", "checkpoint_every_s")}
         same = all(named.get(name, had.get(name)) == had.get(name) for name in _PLANNED_BY)
+        before = replace(options, **{**had, **named})
         device = device_of(named.get("device") or had.get("device") or "auto")
         for name, free in zip(("device_memory", "host_memory"), free_budgets(device), strict=True):
             if free is not None and had.get(name) is not None:
                 had[name] = min(had[name], free)
-        return replace(options, **{**had, **named}), self.chosen if same else None
+        kept = (self.chosen, before) if same and self.chosen is not None else None
+        return replace(options, **{**had, **named}), kept
 
 
 def _refuse_the_impossible(chosen: Chosen) -> None:

@@ -17,6 +17,7 @@ __all__ = ["Band", "Mask"]
 
 _LEAST, _MOST = -(2**63), 2**63 - 1  # in an array: no lower, no upper diagonal
 _FARTHEST = 2**62  # of a position
+_MOST_LISTED = 256  # each is compared with those before it
 
 
 class Band(NamedTuple):
@@ -186,6 +187,8 @@ class Mask:
         """Raises ValueError where this is not what ``to_list`` returned of a mask."""
         if type(numbers) is not list or not all(type(band) is list and len(band) == 6 for band in numbers):
             raise ValueError("bands; expected lists of six numbers")
+        if len(numbers) > _MOST_LISTED:
+            raise ValueError(f"{len(numbers)} bands; expected at most {_MOST_LISTED}")
         if not all(type(n) is int for band in numbers for n in band[:4]):
             raise ValueError("bands; expected whole numbers of rows and keys")
         if not all(n is None or type(n) is int for band in numbers for n in band[4:]):

@@ -137,8 +137,8 @@ def _three(rows: range, first: int, last: int, side: int, tiles: int, tile: Tile
         yield Call(rows, range(last, last + side), None, 0, tiles)
     elif tiles > 1:
         yield Call(rows, range(first, first + side), 0, None, tiles)
-        if first + side < last:
-            yield Call(rows, range(first + side, last), tiles=tiles)
+        for start in range(first + side, last, tile.columns):
+            yield Call(rows, range(start, min(start + tile.columns, last)), tiles=tiles)
         yield Call(rows, range(last, last + side), None, 0, tiles)
     else:
         yield from _reversed(rows, first, tile)

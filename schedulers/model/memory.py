@@ -18,6 +18,7 @@ __all__ = [
     "Layout",
     "Workload",
     "footprint",
+    "in_lines",
     "leaving_bytes",
     "partial_bytes",
     "partial_file_bytes",
@@ -28,6 +29,7 @@ __all__ = [
 
 FILE_HEADER_BYTES = 4096  # of the file of a partial
 PAGE_BYTES = 4096
+_LINE_BYTES = 64  # of a processor's cache
 _SEGMENT = 2 << 20
 _MOST = 1 << 48
 _WHOLE_DIMS = 8  # the kernels of devices take head dims of whole multiples
@@ -144,6 +146,11 @@ class Footprint:
         return sum(self.disk.values())
 
 
+def in_lines(size: int) -> int:
+    """Return the size rounded up to whole cache lines: what lies elsewhere would be summed in another order."""
+    return -(-size // _LINE_BYTES) * _LINE_BYTES
+
+
 def slot_bytes(work: Workload, block_tokens: int) -> int:
     """Return the size of one host buffer: a block of one array, or one token of all the group's queries.
 
@@ -178,11 +185,11 @@ def footprint(
 ) -> Footprint:
     """Return what a run of this layout holds at most, with so many partials on disk at a time."""
     count = rows.chunk_tokens
-    block = layout.block_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize
+    block = in_lines(layout.block_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize)
     narrow = work.compute_itemsize != work.stored_itemsize
     tile = _tile(work, min(count, layout.tile.rows), layout, own_memory=habits.own_memory)
     on_device = {
-        "queries": layout.query_places * work.group * count * work.head_dim * work.compute_itemsize,
+        "queries": layout.query_places * in_lines(work.group * count * work.head_dim * work.compute_itemsize),
         "partials": layout.resident_rows * partial_bytes(work, count)
         + layout.resident_columns * work.column_bytes * columns.chunk_tokens,
         "tile": work.calls_at_a_time * sum(tile),
