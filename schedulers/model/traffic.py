@@ -20,7 +20,7 @@ from cqsa_stream.schedulers.tasks import NEVER, Schedule, Task
 
 __all__ = ["Fetch", "Stored", "Traffic", "blocks_of_chunk", "fetches", "moved"]
 
-_MOST_COUNTED = 12_000  # fetches; more would take longer than planning should
+_MOST_COUNTED = 20_000  # fetches; more would take longer than planning should
 _TASKS_SAMPLED, _CHUNKS_SAMPLED, _PARTS_SAMPLED = 12, 12, 8
 
 
