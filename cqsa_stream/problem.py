@@ -101,7 +101,8 @@ class Problem:
             ) from error
         if max(abs(q_start), abs(q_start + query_tokens)) > 2**62 or batch * kv_heads > MOST_LANES:
             raise InputError(
-                f"q_start {q_start}, batch x key/value heads {batch * kv_heads}; expected at most 2^62 and {MOST_LANES}"
+                f"positions {q_start} to {q_start + query_tokens - 1}, batch x key/value heads {batch * kv_heads}; "
+                f"expected positions below 2^62 (q_start is the first) and at most {MOST_LANES} heads"
             )
         if not 0 <= first < stop <= query_tokens:
             raise InputError(f"queries {first}:{stop}; expected 0 <= A < B <= {query_tokens} (the query tokens)")
