@@ -33,7 +33,7 @@ from cqsa_stream.storage.atomic import make_directory, replace_file
 from cqsa_stream.storage.open import TokenArray, open_array
 from cqsa_stream.storage.output import create_array
 from cqsa_stream.storage.readers.memory import MemoryArray
-from cqsa_stream.verify import verify_rows
+from cqsa_stream.verification.verify import verify_rows
 
 MIB = 2**20
 CHUNK_BYTES = 8 << 20

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cqsa_stream import masks
     from cqsa_stream.api import attention, plan
     from cqsa_stream.errors import (
         ArrayError,
@@ -54,12 +55,15 @@ __all__ = [
     "RunInterrupted",
     "RunStopped",
     "attention",
+    "masks",
     "open_run",
     "plan",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "masks":
+        return import_module("cqsa_stream.masks")
     if name not in _HOMES:
         raise AttributeError(f"module 'cqsa_stream' has no attribute {name!r}")
     return getattr(import_module(f"cqsa_stream.{_HOMES[name]}"), name)

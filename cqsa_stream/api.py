@@ -16,6 +16,7 @@ from cqsa_stream.run.inputs import refuse_other_inputs
 from cqsa_stream.run.opened import Run, open_run
 from cqsa_stream.run.session import compute_in_memory, planned
 from cqsa_stream.run.stopping import Stopper
+from cqsa_stream.schedulers.masks.rule import Rule
 from cqsa_stream.schedulers.plan import Plan
 
 __all__ = ["Run", "attention", "open_run", "plan"]
@@ -28,7 +29,7 @@ def attention(
     query: Any,
     key: Any,
     value: Any,
-    attn_mask: None = None,
+    attn_mask: Any = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -37,6 +38,10 @@ def attention(
     out: str | os.PathLike[str] | None = None,
     return_lse: bool = False,
     window: int | None = None,
+    mask: Rule | str | os.PathLike[str] | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
     q_start: int = 0,
     queries: tuple[int, int] | None = None,
     device: str = "auto",
@@ -64,7 +69,12 @@ def attention(
     Forward only: tensors that require grad are refused while grad is enabled.
 
     ``is_causal`` aligns by position: query row i stands at ``q_start + i`` and sees the keys up to its own position.
-    ``window=w``: of these the last w, its own among them, with ``is_causal`` or without.
+    ``window=w``: of these the last w, its own among them, with ``is_causal`` or without. ``mask``: one of
+    ``cqsa_stream.masks``, joined with ``&``, or the path of a JSON file of one. ``attn_mask``: booleans
+    [query_tokens, keys], True where a query sees a key, the same for all heads. A query sees what all of these show it.
+    ``soft_cap``: scores s become ``soft_cap * tanh(s / soft_cap)``. ``alibi_slopes``: one for each query head;
+    ``slope * |distance|`` is taken from scores. ``sinks``: one for each query head, the score of a key without a value
+    that joins each row's softmax, and its lse.
     ``queries=(a, b)`` computes only those rows. ``scale``: 1 / sqrt(head_dim) where None.
 
     ``out=None`` returns a tensor. ``out=path`` writes a Zarr v3 array, durably: progress is kept in ``run_dir``

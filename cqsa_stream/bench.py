@@ -19,7 +19,7 @@ from cqsa_stream.events import Ended, Event
 from cqsa_stream.generate import generate
 from cqsa_stream.inputs import open_inputs
 from cqsa_stream.kernels.choose import choices, fold_for, kernel_of
-from cqsa_stream.kernels.contract import Kernel
+from cqsa_stream.kernels.contract import Kernel, Scores
 from cqsa_stream.machine.allocator import returning_freed_memory
 from cqsa_stream.machine.calibration import Calibration, Timed, trying
 from cqsa_stream.machine.device import Device, Host
@@ -30,6 +30,7 @@ from cqsa_stream.run.durable import compute
 from cqsa_stream.run.session import compute_in_memory
 from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.schedulers.masks.calls import Call
+from cqsa_stream.schedulers.masks.window import CAUSAL, FULL
 from cqsa_stream.schedulers.model.rates import Speeds, TileTimes
 from cqsa_stream.storage.atomic import replace_file
 from cqsa_stream.storage.open import TokenArray, open_array
@@ -66,7 +67,7 @@ def measure(device: Device, folder: Path) -> Calibration:
         )
         arrays = open_inputs(*generate(Path(temporary) / "inputs", **_RUN))
         full, causal = (
-            Problem.of(arrays["query"], arrays["key"], arrays["value"], causal=causal) for causal in (False, True)
+            Problem.of(arrays["query"], arrays["key"], arrays["value"], rule=rule) for rule in (FULL, CAUSAL)
         )
         in_blocks = Options(str(device), host_memory=_least_bytes(device, full, arrays), schedule="rectangular")
         block_s = _delay_s(full, arrays, in_blocks, None, Calibration(tiles, speeds))
@@ -93,7 +94,7 @@ class _Calls:
     """Kernel calls and their merges, as the engine makes them."""
 
     def __init__(self, device: Device, kernel: Kernel, dtype: torch.dtype, dim: int, most: int) -> None:
-        self._calls = Calls(kernel, fold_for(device.torch), dim**-0.5, device)
+        self._calls, self._scores = Calls(kernel, fold_for(device.torch), device), Scores(dim**-0.5)
         self._q, self._k, self._v = (torch.randn(1, most, dim).to(device.torch, dtype) for _ in range(3))
         self._out = torch.zeros(1, most, dim, device=device.torch)
         self._lse = torch.full((1, most), -torch.inf, dtype=torch.float64, device=device.torch)
@@ -103,7 +104,7 @@ class _Calls:
         call = Call(range(rows), range(columns or rows // tiles), right=None if columns else 0, tiles=tiles)
         keys, values = (x[:, : columns or rows] for x in (self._k, self._v))
         partial = self._out[:, :rows], self._lse[:, :rows]
-        self._calls.attend(partial, self._q[:, :rows], keys, values, call)
+        self._calls.attend(partial, self._q[:, :rows], keys, values, call, self._scores)
 
 
 @returning_freed_memory()

@@ -51,6 +51,17 @@ class Option(NamedTuple):
 RUN_OPTIONS = {
     "is_causal": Option("--causal", bool, "A query sees the keys up to its own position.", False),
     "window": Option("--window", int, "A query sees so many keys: its own, and those before it.", metavar="KEYS"),
+    "mask": Option("--mask", str, "A mask, or several that are joined, as JSON.", metavar="FILE.json"),
+    "documents": Option(
+        "--documents", str, "Where packed documents begin, and the last one's end: .npy or .json.", metavar="FILE"
+    ),
+    "chunked": Option("--chunked", int, "A query sees the keys of its own chunk of so many.", metavar="TOKENS"),
+    "prefix": Option(
+        "--prefix", int, "All queries see the first so many keys, and those up to their own position.", metavar="TOKENS"
+    ),
+    "soft_cap": Option("--soft-cap", float, "Scores s become CAP tanh(s / CAP).", metavar="CAP"),
+    "alibi_slopes": Option("--alibi", str, "A slope for each query head: .npy or .json.", metavar="FILE"),
+    "sinks": Option("--sinks", str, "A sink's score for each query head: .npy or .json.", metavar="FILE"),
     "layout": Option(
         "--layout", str, "Axes of the arrays: bhtd, or bthd as flash-attention's (b batch, h head).", "bhtd"
     ),

@@ -17,8 +17,12 @@ import numpy as np
 from cqsa_stream.errors import InputError
 from cqsa_stream.inputs import open_inputs, refuse_gradients
 from cqsa_stream.machine.surroundings import undisturbed
+from cqsa_stream.masks import Chunked, Documents, Prefix, from_dense, load, numbers
 from cqsa_stream.options import Options
-from cqsa_stream.problem import Problem, is_number
+from cqsa_stream.problem import Problem, refuse_misfits
+from cqsa_stream.schedulers.masks.rule import Joined, Rule
+from cqsa_stream.schedulers.masks.window import CAUSAL, FULL, last_keys
+from cqsa_stream.scores import Terms, is_number
 from cqsa_stream.storage.open import TokenArray
 
 __all__ = ["Command", "Target", "local_path", "parse_queries", "parse_window"]
@@ -86,21 +90,56 @@ class Command:
             arrays = open_inputs(words["query"], words["key"], words["value"], **reading)
         if target is not None:
             look(target, arrays)
+        refuse_misfits(arrays["query"], arrays["key"], arrays["value"])
+        heads, queries = arrays["query"].shape[1:3]
         problem = Problem.of(
             arrays["query"],
             arrays["key"],
             arrays["value"],
             scale=words["scale"],
-            causal=words["is_causal"],
-            window=parse_window(words["window"]),
+            rule=_rule(words, queries, arrays["key"].shape[2]),
             q_start=words["q_start"],
             queries=parse_queries(words["queries"]),
             out_dtype=words["out_dtype"],
+            terms=Terms.of(heads, *(_numbers(words.get(name)) for name in ("soft_cap", "alibi_slopes", "sinks"))),
         )
         if problem.group > 1 and not words.get("enable_gqa", True):
-            heads = f"{problem.heads} query heads over {problem.kv_heads} key/value heads"
-            raise InputError(f"{heads}; set enable_gqa=True")
+            raise InputError(
+                f"{problem.heads} query heads over {problem.kv_heads} key/value heads; set enable_gqa=True"
+            )
         return cls(arrays, problem, options, target)
+
+
+def _rule(words: Mapping[str, Any], queries: int, keys: int) -> Rule:
+    """Return what all that is named of a mask lets through together. Raises InputError."""
+    given, window = words.get("mask"), parse_window(words["window"])
+    if isinstance(given, str | os.PathLike):
+        given = load(given)
+    elif given is not None and not isinstance(given, Rule):
+        raise InputError(
+            f"mask: found a {type(given).__name__}; expected one of cqsa.masks, or the path of a JSON file"
+        )
+    parts = [given or FULL, CAUSAL if words["is_causal"] else FULL, FULL if window is None else last_keys(window)]
+    for name, kind in (("documents", Documents), ("chunked", Chunked), ("prefix", Prefix)):
+        if words.get(name) is not None:
+            parts.append(kind(words[name]))
+    if words.get("attn_mask") is not None:
+        start = parse_number("q_start", words["q_start"])
+        parts.append(from_dense(words["attn_mask"], start, queries, keys))
+    return Joined.of(*parts)
+
+
+def _numbers(values: Any) -> Any:
+    """Return what may be numbers; of a path, those of its file."""
+    return numbers(values) if isinstance(values, str | os.PathLike) else values
+
+
+def parse_number(name: str, value: Any) -> int:
+    """Return a whole number. Raises InputError where that is none."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name} {value!r}; expected a whole number") from error
 
 
 def parse_window(window: Any) -> int | None:
@@ -129,8 +168,6 @@ def parse_queries(queries: Any) -> Any:
 def _refuse_what_cannot_be(words: Mapping[str, Any]) -> None:
     """Raise InputError where a word asks for what there is not, or a flag is no flag ("no" would count as True)."""
     refuse_gradients(words["query"], words["key"], words["value"])
-    if words.get("attn_mask") is not None:
-        raise InputError("attn_mask: a mask in memory is not supported; take is_causal, window, q_start and queries")
     dropout = words.get("dropout_p", 0.0)
     if not is_number(dropout) or dropout != 0:
         raise InputError(f"dropout_p {dropout!r}: not supported, the result is exact; leave it 0.0")

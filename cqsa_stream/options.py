@@ -10,10 +10,11 @@ from cqsa_stream.kernels.contract import KernelChoice
 from cqsa_stream.machine.budgets import parse_size
 from cqsa_stream.machine.calibration import load
 from cqsa_stream.machine.device import Device, device_of
-from cqsa_stream.problem import Problem, is_finite, is_number
+from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.quorums import quorum_size
 from cqsa_stream.schedulers.schedules import AUTO, SCHEDULES
 from cqsa_stream.schedulers.search import MOST_CHUNKS
+from cqsa_stream.scores import is_finite, is_number
 
 __all__ = ["Options"]
 
@@ -83,4 +84,5 @@ class Options:
         """Return what computes the problem on a device. Raises InputError where there is none."""
         rows, columns = (min(tokens, _LARGEST_CALL) for tokens in (problem.queries, problem.keys))
         width, stored = max(problem.head_dim, problem.value_dim), getattr(torch, problem.dtype)
-        return chosen(device.torch, stored, self.kernel, load(device), problem.group * rows, columns, width)
+        terms = problem.terms.of_kernels
+        return chosen(device.torch, stored, self.kernel, load(device), problem.group * rows, columns, width, terms)

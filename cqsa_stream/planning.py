@@ -160,14 +160,26 @@ def _workload(
         staging_bytes=max(array.staging_bytes for array in arrays.values()),
         calls_at_a_time=can.calls_at_a_time,
         score_bytes=can.score_bytes,
+        score_rows=can.score_rows,
+        whole_dims=can.whole_dims,
+        packing_bytes=_packing_bytes(problem, kernel),
         score_columns=can.score_columns,
         workspace_bytes=can.workspace_bytes,
         merged_at_once=merged_at_once,
-        lower_edges=any(band.lo is not None for band in problem.visible),
-        kept_bytes=sum(array.kept_bytes for array in arrays.values()),
+        lower_edges=problem.visible.has_lower_edges,
+        kept_bytes=sum(array.kept_bytes for array in arrays.values()) + problem.visible.nbytes,
         durable=durable,
         resident_output_bytes=0 if durable else in_memory,
     )
+
+
+def _packing_bytes(problem: Problem, kernel: Kernel) -> int:
+    """Return what a call of small bands holds, where the mask has several bands that may be such."""
+    if len(problem.visible) == 1:
+        return 0
+    can, width = kernel.abilities, max(problem.head_dim, problem.value_dim)
+    itemsize = can.compute_dtype(getattr(torch, problem.dtype)).itemsize
+    return can.packing_bytes + can.packing_numbers * width * itemsize
 
 
 def _stored(array: TokenArray, heads: int, first: int = 0) -> Stored:

@@ -1,37 +1,26 @@
 """The problem: what is to be computed, checked before anything runs."""
 
 import dataclasses
-import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Any, Protocol
+
+import numpy as np
 
 from cqsa_stream.errors import InputError
 from cqsa_stream.schedulers.masks.bands import Mask
-from cqsa_stream.schedulers.masks.causal import causal as causal_mask
-from cqsa_stream.schedulers.masks.full import full as full_mask
-from cqsa_stream.schedulers.masks.window import window as window_mask
+from cqsa_stream.schedulers.masks.kinds import described, rule_of
+from cqsa_stream.schedulers.masks.rule import Rule
+from cqsa_stream.schedulers.masks.window import FULL
+from cqsa_stream.scores import Terms, is_finite
 from cqsa_stream.storage.dtypes import DTYPES, OUT_DTYPES, dtype_bytes
 
-__all__ = ["DTYPES", "MOST_LANES", "OUT_DTYPES", "Problem", "dtype_bytes", "is_finite", "is_number"]
+__all__ = ["DTYPES", "MOST_LANES", "OUT_DTYPES", "Problem", "dtype_bytes", "refuse_misfits"]
 
 MOST_LANES = 1 << 20
-_MOST_NAME = 200
-
-
-def is_number(value: object) -> bool:
-    """Return whether a value is a real number, numpy's among them; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def is_finite(value: object) -> bool:
-    """Return whether a value is a real number that a float can hold."""
-    try:
-        return isinstance(value, Real) and is_number(value) and math.isfinite(value)
-    except OverflowError:
-        return False
+_NO_TERMS, _NO_MASK = Terms(), Mask([], "none")
 
 
 class Described(Protocol):
@@ -62,10 +51,12 @@ class Problem:
     dtype: str
     out_dtype: str
     scale: float
+    rule: Rule = dataclasses.field(compare=False)
     mask: Mask
     q_start: int
     first_query: int
     queries: int
+    terms: Terms = _NO_TERMS
 
     @classmethod
     def of(
@@ -75,14 +66,14 @@ class Problem:
         value: Described,
         *,
         scale: float | None = None,
-        causal: bool = False,
-        window: int | None = None,
+        rule: Rule = FULL,
         q_start: int = 0,
         queries: tuple[int, int] | None = None,
         out_dtype: str | None = None,
+        terms: Terms = _NO_TERMS,
     ) -> "Problem":
         """Check that the arrays and the options fit together. Raises InputError saying what was found and expected."""
-        _refuse_misfits(query, key, value)
+        refuse_misfits(query, key, value)
         if out_dtype is not None and out_dtype not in OUT_DTYPES:
             raise InputError(f"output dtype {out_dtype!r}; expected one of {', '.join(OUT_DTYPES)}")
         (batch, heads, query_tokens, head_dim), (_, kv_heads, keys, _), value_dim = (
@@ -117,10 +108,12 @@ class Problem:
             dtype=query.dtype,
             out_dtype=out_dtype or (query.dtype if query.dtype in OUT_DTYPES else "bfloat16"),
             scale=head_dim**-0.5 if scale is None else float(scale),
-            mask=_masked(range(q_start, q_start + query_tokens), keys, causal=bool(causal), window=window),
+            rule=rule,
+            mask=_mask(rule, range(q_start, q_start + query_tokens), keys),
             q_start=q_start,
             first_query=first,
             queries=stop - first,
+            terms=terms,
         )
 
     def __str__(self) -> str:
@@ -132,9 +125,10 @@ class Problem:
         keys = "" if self.keys == self.query_tokens else f", keys {self.keys:,} tokens"
         values = "" if self.value_dim == self.head_dim else f", values x {self.value_dim}"
         start = f", first query at {self.q_start:,}" if self.q_start else ""
+        terms = f", {self.terms}" if str(self.terms) else ""
         return (
             f"query {self.batch} x {self.heads} heads{shared} x {rows} x {self.head_dim} {self.dtype}{keys}{values}, "
-            f"{self.mask}{start}"
+            f"{self.rule}{terms}{start}"
         )
 
     @property
@@ -185,39 +179,56 @@ class Problem:
         return (self.batch, self.heads, self.queries, self.value_dim)
 
     @cached_property
+    def scores(self) -> int:
+        """The visible scores of one head."""
+        return self.visible.scores(range(self.queries), range(self.keys))
+
+    @property
     def flops(self) -> int:
         """Floating-point operations of all lanes: 2 (head_dim + value_dim) for each visible score."""
-        scores = self.visible.scores(range(self.queries), range(self.keys))
-        return 2 * (self.head_dim + self.value_dim) * scores * self.heads * self.batch
+        return 2 * (self.head_dim + self.value_dim) * self.scores * self.heads * self.batch
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the problem as JSON holds it: the mask as six numbers of each of its bands, and its name."""
+    def to_dict(self, keep: Callable[[np.ndarray], Any] = np.ndarray.tolist) -> dict[str, Any]:
+        """Return the problem as JSON holds it: the mask as its rule. ``keep`` returns what stands for an array."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**fields, "mask": {"name": self.mask.name, "bands": self.mask.to_list()}}
+        rule = [
+            {name: keep(value) if isinstance(value, np.ndarray) else value for name, value in part.items()}
+            for part in described(self.rule)
+        ]
+        del fields["mask"]
+        return {**fields, "rule": rule, "terms": self.terms.to_list()}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Problem":
-        """Raises ValueError or TypeError where this is not what ``to_dict`` gave of a problem."""
-        named = fields["mask"]
-        mask = Mask.from_list(named["bands"], str(named["name"])[:_MOST_NAME])
-        claimed = cls(**{**fields, "mask": mask})
+    def from_dict(cls, fields: dict[str, Any], load: Callable[[str], np.ndarray] | None = None) -> "Problem":
+        """Return the problem of what ``to_dict`` gave. ``load`` returns the array that a text stands for.
+
+        Raises ValueError or TypeError where this is none.
+        """
+        parts = [
+            {
+                name: load(value) if load and name != "kind" and type(value) is str else value
+                for name, value in it.items()
+            }
+            for it in fields["rule"]
+        ]
+        named = {**fields, "rule": rule_of(parts), "terms": Terms.from_list(fields["heads"], fields["terms"])}
+        claimed = cls(**named, mask=_NO_MASK)
         for name, kind in cls.__annotations__.items():
-            if type(getattr(claimed, name)) is not kind:
+            if kind in (int, str, float) and type(getattr(claimed, name)) is not kind:
                 raise ValueError(f"{name} {getattr(claimed, name)!r}; expected {kind.__name__}")
             if kind is int and abs(getattr(claimed, name)) > 2**62:
                 raise ValueError(f"{name} {getattr(claimed, name)}; expected at most 2^62")
         found = cls.of(
             *(_Shaped(shape, claimed.dtype) for shape in claimed.input_shapes.values()),
             scale=claimed.scale,
+            rule=claimed.rule,
             q_start=claimed.q_start,
             queries=(claimed.first_query, claimed.first_query + claimed.queries),
             out_dtype=claimed.out_dtype,
+            terms=claimed.terms,
         )
-        positions = range(claimed.q_start, claimed.q_start + claimed.query_tokens)
-        if mask.restricted(positions, range(claimed.keys)) != mask:
-            raise ValueError(f"a mask beyond positions {positions} and {claimed.keys} keys")
-        assert dataclasses.replace(found, mask=mask) == claimed
-        return claimed
+        assert dataclasses.replace(found, mask=_NO_MASK) == claimed
+        return found
 
 
 @dataclass(frozen=True)
@@ -226,7 +237,7 @@ class _Shaped:
     dtype: str
 
 
-def _refuse_misfits(query: Described, key: Described, value: Described) -> None:
+def refuse_misfits(query: Described, key: Described, value: Described) -> None:
     """Raise InputError where the arrays cannot be the query, key and value of one attention."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         if len(array.shape) != 4:
@@ -254,8 +265,9 @@ def _refuse_misfits(query: Described, key: Described, value: Described) -> None:
         raise InputError(f"{heads} query heads over {kv_heads} key/value heads; expected a multiple")
 
 
-def _masked(positions: range, keys: int, *, causal: bool, window: int | None) -> Mask:
-    """Return the mask of queries at these positions."""
-    if window is not None:
-        return window_mask(positions, keys, window)
-    return (causal_mask if causal else full_mask)(positions, keys)
+def _mask(rule: Rule, positions: range, keys: int) -> Mask:
+    """Return the mask of queries at these positions. Raises InputError."""
+    try:
+        return rule.over(positions, keys)
+    except ValueError as error:
+        raise InputError(f"mask: {error}") from error

@@ -8,7 +8,6 @@ from math import gcd
 from cqsa_stream.schedulers.cqs import best_stride
 from cqsa_stream.schedulers.cuts import pair_flops
 from cqsa_stream.schedulers.grid import Axis
-from cqsa_stream.schedulers.masks.calls import Tile
 from cqsa_stream.schedulers.model.memory import (
     Footprint,
     Layout,
@@ -136,12 +135,12 @@ class Layouts:
             slot_bytes=slot_bytes(self.work, block),
             ring_slots=ring,
             cache_slots=0,
-            tile=Tile(
-                tile.rows if self._one_pool else self._part(case.rows.chunk_tokens, tile.rows),
-                min(tile.columns, block),
-                min(tile.leaf, block),
-                min(tile.edge, block),
-                tile.bands,
+            tile=replace(
+                tile,
+                rows=tile.rows if self._one_pool else self._part(case.rows.chunk_tokens, tile.rows),
+                columns=min(tile.columns, block),
+                leaf=min(tile.leaf, block),
+                edge=tile.edge if tile.skips else min(tile.edge, block),
             ),
             out_tokens=out,
             parked_rows=0 if self._one_pool else _parked(missing),

@@ -18,7 +18,8 @@ class Plan:
     ``operator``: which of the operators of a kernel. ``least``: what the smallest plan for the same problem would hold.
     ``*_free_bytes``: what the machine has, and ``device_reserved_bytes`` what the driver and its libraries hold there
     besides; None where that is not known.
-    ``candidates``: the best plan of each schedule weighed. ``about``: the problem, in a line.
+    ``scores``: those of one head that are visible. ``candidates``: the best plan of each schedule weighed. ``about``:
+    the problem, in a line.
     """
 
     schedule: str
@@ -38,6 +39,7 @@ class Plan:
     device_reserved_bytes: int | None = None
     host_free_bytes: int | None = None
     disk_free_bytes: int | None = None
+    scores: int = 0
     candidates: tuple["Plan", ...] = ()
     about: str = ""
 
@@ -47,6 +49,11 @@ class Plan:
         return self.footprint.host_bytes <= self.host_allowed_bytes and (
             self.device_allowed_bytes is None or self.footprint.device_bytes <= self.device_allowed_bytes
         )
+
+    @property
+    def density(self) -> float:
+        """Which share of all scores is visible."""
+        return self.scores / (self.grid.rows.tokens * self.grid.columns.tokens)
 
     def lacking(self) -> list[tuple[str, int, int]]:
         """Return (pool, projected, free) of each pool of which the machine has not enough, whatever the budgets say."""
@@ -83,6 +90,8 @@ class Plan:
             "tile": asdict(self.layout.tile),
             "tasks": self.tasks,
             "pairs": self.pairs,
+            "scores": self.scores,
+            "density": self.density,
             "layout": asdict(self.layout),
             "device_projected_bytes": held.device_bytes,
             "host_projected_bytes": held.host_bytes,
@@ -129,6 +138,7 @@ def _described(plan: Plan) -> str:
         f"schedule   {plan.schedule}: {plan.tasks} tasks of {plan.layout.rows_per_task} row chunks",
         f"grid       {rows.chunks} chunks of {rows.chunk_tokens} tokens, {plan.pairs} pairs, "
         f"{plan.flops / 1e12:,.3f} TFLOP",
+        f"mask       {plan.grid.mask}: {100 * plan.density:.3g} % of the scores are visible",
         "",
         *_columns([("memory", "projected", "reserved", "allowed", "free", ""), *_pools(plan)]),
         "",

@@ -4,6 +4,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
+import numpy as np
+
 __all__ = ["NONE", "Runs"]
 
 
@@ -22,6 +24,16 @@ class Runs(Sequence[int]):
                 found.append(part)
         self.ranges = tuple(found)
         self._starts = [part.start for part in found]
+
+    @classmethod
+    def of(cls, starts: np.ndarray, stops: np.ndarray) -> "Runs":
+        """Take ranges in any order, by their ends."""
+        order = np.argsort(starts, kind="stable")
+        starts, stops = starts[order], np.maximum.accumulate(stops[order])
+        first = np.ones(len(starts), bool)
+        first[1:] = starts[1:] > stops[:-1]
+        last = np.append(np.flatnonzero(first)[1:] - 1, len(starts) - 1) if len(starts) else np.empty(0, int)
+        return cls(map(range, starts[first].tolist(), stops[last].tolist()))
 
     def __len__(self) -> int:
         return sum(map(len, self.ranges))

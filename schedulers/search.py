@@ -59,8 +59,7 @@ def _kinds(request: Request) -> list[Kind]:
 
 def _even(request: Request) -> bool:
     """Return whether the tasks of a movable schedule are equal: under a full or causal mask."""
-    bands = list(request.mask) if len(request.mask) == 1 else []
-    return all(band.lo is None for band in bands) and bool(bands)
+    return len(request.mask) == 1 and all(band.lo is None for band in request.mask)
 
 
 def _choose(candidates: list[Plan], *, even: bool) -> int:
@@ -146,6 +145,7 @@ class _Search:
             tasks=len(schedule) * self.work.lanes,
             pairs=grid.pairs * self.work.lanes,
             flops=self.work.flops,
+            scores=self.work.scores,
             cost=self._cost(schedule, layout, count, machine.rates, held),
             footprint=held,
             least=least,

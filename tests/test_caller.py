@@ -100,7 +100,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"out": "x" * 300}, "no name of a file"),
     ({"scale": 10**400}, "finite number"),
     ({"dropout_p": np.zeros(2)}, "exact"),
-    ({"attn_mask": torch.ones(64, 64)}, "is_causal"),
+    ({"attn_mask": torch.ones(64, 64)}, "expected booleans.*alibi_slopes"),
     ({"dropout_p": 0.1}, "exact"),
 ]
 

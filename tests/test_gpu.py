@@ -192,3 +192,52 @@ def test_a_window_keeps_its_budget_on_disk(tmp_path: Path) -> None:
     assert status["complete"]
     assert status["device_peak_bytes"] <= status["device_projected_bytes"] <= 600 * MIB
     assert run.verify(rows=64).ok
+
+
+MASKS: list[tuple[str, Any]] = [
+    ("documents", lambda: cqsa.masks.Documents([0, 3, 10, 700, 701, 1_500, 2_990])),
+    ("small documents", lambda: cqsa.masks.Documents(list(range(0, 3_001, 17))) & cqsa.masks.Window(None, 0)),
+    ("long documents", lambda: cqsa.masks.Documents([0, 1_400, 3_000]) & cqsa.masks.Window(300, 0)),
+    ("chunked", lambda: cqsa.masks.Chunked(128)),
+    ("prefix", lambda: cqsa.masks.Prefix(500)),
+    ("window", lambda: cqsa.masks.Window(200, 31)),
+    ("strip", lambda: cqsa.masks.Strip(4, 400)),
+    ("blocks", lambda: cqsa.masks.Blocks(np.random.default_rng(0).random((47, 47)) < 0.4, 64)),
+]
+
+
+@pytest.mark.parametrize(("name", "mask"), MASKS, ids=[name for name, _ in MASKS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks(dtype: torch.dtype, name: str, mask: Any) -> None:
+    from cqsa_stream.schedulers.masks.kinds import described
+    from cqsa_stream.verification.definitions import seen
+
+    q, k, v = inputs("normal", dtype, 4, 2, 3_000, 64)
+    position = torch.arange(3_000)
+    sees = seen(described(mask()), position[:, None], position).cuda()
+    expected, expected_lse = dense(q.float().cuda(), k.float().cuda(), v.float().cuda(), seen=sees)
+    for kernel in ("auto", "cupy", "online") if merges_at_once(torch.device("cuda")) else ("auto", "online"):
+        for schedule in ("cqs", "rectangular"):
+            out, lse = cqsa.attention(
+                q, k, v, mask=mask(), enable_gqa=True, device="cuda", schedule=schedule, chunks=7, return_lse=True,
+                kernel=kernel,
+            )  # fmt: skip
+            assert error(out, expected.cpu()) <= (2e-6 if dtype == torch.float32 else 6e-3), (kernel, schedule)
+            same = lse.double().nan_to_num(neginf=-1e9) - expected_lse.cpu().nan_to_num(neginf=-1e9)
+            step = 1e-5 if dtype == torch.float32 else 2e-3
+            assert same.abs().max() <= step * max(1.0, float(expected_lse[expected_lse.isfinite()].abs().max()))
+
+
+@pytest.mark.parametrize(
+    "terms", [{"soft_cap": 20.0}, {"alibi_slopes": [0.5, 0.1, 0.01, 1.0]}, {"sinks": [0.5, 100.0, 0, -3]}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_score_terms(dtype: torch.dtype, terms: dict[str, Any]) -> None:
+    """By two implementations, and as on the CPU."""
+    q, k, v = inputs("normal", dtype, 4, 2, 3_000, 64)
+    options: dict[str, Any] = {"mask": cqsa.masks.Strip(4, 900), "enable_gqa": True, "chunks": 7, "return_lse": True}
+    expected, expected_lse = cqsa.attention(q.double(), k.double(), v.double(), device="cpu", **options, **terms)
+    for kernel in ("auto", "cupy", "online") if merges_at_once(torch.device("cuda")) else ("auto", "online"):
+        out, lse = cqsa.attention(q, k, v, device="cuda", kernel=kernel, **options, **terms)
+        assert error(out, expected) <= (2e-6 if dtype == torch.float32 else 6e-3), kernel
+        assert (lse - expected_lse).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-3) * 100, kernel

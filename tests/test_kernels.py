@@ -4,18 +4,21 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
 from cqsa_stream.engine.calls import Calls
 from cqsa_stream.errors import InputError
 from cqsa_stream.kernels.choose import choices, chosen, kernel_of
-from cqsa_stream.kernels.contract import TRIANGLES, Kernel, KernelChoice
+from cqsa_stream.kernels.contract import TRIANGLES, Kernel, KernelChoice, Scores
 from cqsa_stream.kernels.fold import fold
+from cqsa_stream.kernels.online import OnlineKernel
 from cqsa_stream.kernels.reference import PlainKernel
 from cqsa_stream.kernels.torch_cpu import TorchCpuKernel
 from cqsa_stream.kernels.torch_cuda import OPERATORS, TorchCudaKernel
 from cqsa_stream.machine.device import Host
+from cqsa_stream.schedulers.masks.arrays import LEAST, MOST, sorted_bands
 from cqsa_stream.schedulers.masks.calls import Call
 
 Band = tuple[int | None, int | None]
@@ -30,7 +33,7 @@ VENDORS = [
     for operator in OPERATORS
 ]
 PLAIN_GPU = pytest.param(
-    PlainKernel(torch.float32), "cuda", torch.float32, 2e-6, 1e-5, marks=pytest.mark.gpu, id="plain-cuda"
+    OnlineKernel(tall=True), "cuda", torch.float32, 2e-6, 1e-5, marks=pytest.mark.gpu, id="online-cuda"
 )
 
 
@@ -45,7 +48,8 @@ CUPY = pytest.param(cupy_kernel(), "cuda", torch.float32, 2e-6, 1e-5, marks=pyte
 KERNELS = [
     pytest.param(TorchCpuKernel(), "cpu", torch.float32, 2e-6, 1e-5, id="torch-cpu"),
     pytest.param(PlainKernel(torch.float64), "cpu", torch.float64, 1e-14, 1e-13, id="plain-float64"),
-    pytest.param(PlainKernel(torch.float32), "cpu", torch.float32, 2e-6, 1e-5, id="plain-float32"),
+    pytest.param(OnlineKernel(), "cpu", torch.float32, 2e-6, 1e-5, id="online-float32"),
+    pytest.param(OnlineKernel(), "cpu", torch.float64, 1e-14, 1e-13, id="online-float64"),
     *VENDORS,
     PLAIN_GPU,
     CUPY,
@@ -85,9 +89,17 @@ def expected_of(
 
 def bands_of(kernel: Kernel, rows: int, columns: int) -> list[Band]:
     """Return what a kernel attends in a tile: triangles are square."""
-    if kernel.abilities.tile.bands:
+    tile = kernel.abilities.tile
+    if tile.bands and not tile.skips:
         return [*TRIANGLES, *BANDS]
-    return list(TRIANGLES) if rows == columns else [FULL]
+    triangles = list(TRIANGLES) if rows == columns else [FULL]
+    return [*triangles, *(band for band in BANDS if tile.bands and is_tight(band, rows, columns))]
+
+
+def is_tight(band: Band, rows: int, columns: int) -> bool:
+    """Whether each row sees a key and each key is seen, as bands are cut, of no more rows than keys."""
+    left, right = (10**9 if bound is None else bound for bound in band)
+    return rows <= columns and columns - 1 + left >= rows - 1 and rows - 1 + right >= columns - 1
 
 
 @pytest.mark.parametrize(PARAMETERS, KERNELS)
@@ -104,7 +116,7 @@ def test_contract(
         v = torch.randn(kv_heads, columns, value_dim, generator=generator).to(device, dtype)
         scale = dim**-0.5
         for band in bands_of(kernel, rows, columns):
-            out, lse = kernel.attend(q, k, v, *band, scale)
+            out, lse = kernel.attend(q, k, v, *band, Scores(scale))
             expected, expected_lse = expected_of(q, k, v, band, scale)
             assert out.shape == (heads, rows, value_dim)
             assert lse.shape == (heads, rows)
@@ -121,7 +133,7 @@ def test_keys_and_values_may_be_views_whose_heads_overlap(
     q = torch.randn(2 * tiles, height, 64).to(device, dtype)
     k, v = (torch.randn(width + 4 * 40, 64).to(device, dtype).unfold(0, width, 40).transpose(1, 2) for _ in range(2))
     assert k.shape == (tiles, width, 64)
-    out, lse = kernel.attend(q, k, v, *band, 0.125)
+    out, lse = kernel.attend(q, k, v, *band, Scores(0.125))
     expected, expected_lse = expected_of(q, k, v, band, 0.125)
     assert float((out.cpu().double() - expected).norm() / expected.norm()) <= tolerance
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=lse_tolerance, atol=lse_tolerance)
@@ -132,12 +144,12 @@ def test_a_row_without_keys_is_the_identity(
     kernel: Kernel, device: str, dtype: torch.dtype, tolerance: float, lse_tolerance: float
 ) -> None:
     q, none = torch.randn(2, 3, 8, device=device, dtype=dtype), torch.empty(1, 0, 8, device=device, dtype=dtype)
-    out, lse = kernel.attend(q, none, none, *FULL, 1.0)
+    out, lse = kernel.attend(q, none, none, *FULL, Scores(1.0))
     assert torch.equal(out.cpu(), torch.zeros_like(out, device="cpu"))
     assert torch.equal(lse.cpu(), torch.full_like(lse, -torch.inf, device="cpu"))
-    if kernel.abilities.tile.bands:
+    if kernel.abilities.tile.bands and not kernel.abilities.tile.skips:  # which take tight bands alone
         q, k = (torch.randn(1, n, 8, device=device, dtype=dtype) for n in (9, 4))
-        out, lse = kernel.attend(q, k, k, 1, 0, 1.0)
+        out, lse = kernel.attend(q, k, k, 1, 0, Scores(1.0))
         assert torch.equal(out[:, 5:].cpu(), torch.zeros_like(out[:, 5:], device="cpu"))
         assert torch.equal(lse.isneginf().cpu(), torch.arange(9)[None] > 4)
 
@@ -148,7 +160,7 @@ def test_the_same_call_gives_the_same_bits(
 ) -> None:
     q, k, v = (torch.randn(2, 300, 64, device=device, dtype=dtype) for _ in range(3))
     for band in TRIANGLES:
-        first, second = (kernel.attend(q, k, v, *band, 0.125) for _ in range(2))
+        first, second = (kernel.attend(q, k, v, *band, Scores(0.125)) for _ in range(2))
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])
 
@@ -158,7 +170,7 @@ def attended(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out and lse of one head, by float64 tensors on the CPU."""
     q, k, v = (x[None].to(device, dtype) for x in qkv)
-    out, lse = kernel.attend(q, k, v, *band, 1.0)
+    out, lse = kernel.attend(q, k, v, *band, Scores(1.0))
     return out[0].cpu().double(), lse[0].cpu().double()
 
 
@@ -222,7 +234,7 @@ def test_nan_stays_nan(kernel: Kernel, device: str, dtype: torch.dtype, toleranc
         assert torch.isfinite(lse[8:]).all()
 
 
-CPU_KERNELS = [KERNELS[0], KERNELS[1], KERNELS[2]]
+CPU_KERNELS = KERNELS[:4]
 
 
 @pytest.mark.parametrize(PARAMETERS, CPU_KERNELS)
@@ -259,20 +271,142 @@ def test_a_call_of_several_tiles_is_as_many_calls(
         abilities = kernel.abilities
 
         def attend(
-            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int | None, right: int | None, scale: float
+            self,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            left: int | None,
+            right: int | None,
+            scores: Scores,
+            ahead: int = 0,
         ) -> tuple[torch.Tensor, torch.Tensor]:
             seen.append(k)
-            return kernel.attend(q, k, v, left, right, scale)
+            return kernel.attend(q, k, v, left, right, scores, ahead)
+
+        attend_packed = kernel.attend_packed
 
     merged = torch.zeros(heads, tiles * height, 16, dtype=dtype)
     merged_lse = torch.full((heads, tiles * height), -torch.inf, dtype=torch.float64)
-    Calls(Watched(), fold, 0.25, Host()).attend((merged, merged_lse), q, k, v, call)
+    Calls(Watched(), fold, Host()).attend((merged, merged_lse), q, k, v, call, Scores(0.25))
     assert seen[0].data_ptr() == k.data_ptr()
     for t in range(tiles):
         rows, columns = slice(t * height, (t + 1) * height), slice(t * height, t * height + width)
-        out, lse = kernel.attend(q[:, rows], k[:, columns], v[:, columns], call.left, call.right, 0.25)
+        out, lse = kernel.attend(q[:, rows], k[:, columns], v[:, columns], call.left, call.right, Scores(0.25))
         torch.testing.assert_close(merged[:, rows], out, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(merged_lse[:, rows], lse.double(), rtol=lse_tolerance, atol=lse_tolerance)
+
+
+def documents(lengths: Sequence[int], *, causal: bool, gap: int = 0) -> np.ndarray:
+    """Return the bands of documents one after another, some rows and columns apart."""
+    stops = np.cumsum(np.array(lengths) + gap)
+    starts = stops - np.array(lengths)
+    unbounded = np.full_like(starts, LEAST), np.full_like(starts, MOST)
+    return sorted_bands(np.stack([starts, stops, starts, stops, unbounded[0], starts * 0 if causal else unbounded[1]]))
+
+
+def expected_of_scores(scores: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = scores.masked_fill(~seen, -math.inf)
+    lse = torch.logsumexp(scores, 2)
+    values = v.cpu().double().repeat_interleave(len(scores) // len(v), 0)
+    return torch.exp(scores - lse[..., None]).nan_to_num(nan=0.0) @ values, lse
+
+
+def scores_of(
+    q: torch.Tensor, k: torch.Tensor, cap: float | None, slopes: torch.Tensor | None, ahead: int
+) -> torch.Tensor:
+    """Scores by their definition, in float64."""
+    q, k = q.cpu().double(), k.cpu().double().repeat_interleave(len(q) // len(k), 0)
+    scores = q @ k.transpose(1, 2) * 0.3
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    if slopes is not None:
+        distance = torch.arange(k.shape[1])[None, :] + ahead - torch.arange(q.shape[1])[:, None]
+        scores = scores - slopes.cpu().double()[:, None, None] * distance.abs()
+    return scores
+
+
+@pytest.mark.parametrize(PARAMETERS, KERNELS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[1] * 40, [3, 1, 1, 60, 200, 2, 130, 129, 1, 1, 5], [500, 7, 511, 300]], ids=len)
+def test_packed_bands_are_as_many_tiles(
+    kernel: Kernel, device: str, dtype: torch.dtype, tolerance: float, lse_tolerance: float, lengths: list[int],
+    causal: bool,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(len(lengths))
+    for gap, (heads, kv_heads) in ((0, (1, 1)), (3, (4, 2)), (40, (3, 1))):
+        bands = documents(lengths, causal=causal, gap=gap)
+        rows = int(bands[1, -1])
+        q = torch.randn(heads, rows, 24, generator=generator).to(device, dtype)
+        k, v = (torch.randn(kv_heads, rows, 24, generator=generator) for _ in range(2))
+        seen = torch.zeros(rows, rows, dtype=torch.bool)
+        for r0, r1, c0, c1, *_ in bands.T.tolist():
+            seen[r0:r1, c0:c1] = torch.ones(r1 - r0, c1 - c0).tril() > 0 if causal else True
+        nobody = ~seen.any(0)
+        k[:, nobody], v[:, nobody] = torch.nan, torch.inf
+        k, v = k.to(device, dtype), v.to(device, dtype)
+        out, lse = kernel.attend_packed(q, k, v, bands, Scores(0.3))
+        plain = [x.nan_to_num(0.0, 0.0, 0.0) for x in (k, v)]
+        expected, expected_lse = expected_of_scores(scores_of(q, plain[0], None, None, 0), plain[1], seen)
+        assert float((out.cpu().double() - expected).norm() / expected.norm()) <= tolerance
+        torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=lse_tolerance, atol=lse_tolerance)
+
+
+@pytest.mark.parametrize(PARAMETERS, KERNELS)
+@pytest.mark.parametrize("ahead", [0, -70, 300, -(10**9)])
+@pytest.mark.parametrize("terms", [("soft_cap",), ("alibi",), ("soft_cap", "alibi")], ids=" and ".join)
+def test_score_terms(
+    kernel: Kernel, device: str, dtype: torch.dtype, tolerance: float, lse_tolerance: float, ahead: int,
+    terms: tuple[str, ...],
+) -> None:  # fmt: skip
+    """As exact far away as near: a slope's part is counted from the nearest key."""
+    if not kernel.abilities.terms >= set(terms):
+        pytest.skip(f"it does not know {terms}")
+    generator = torch.Generator().manual_seed(ahead % 1000)
+    for (heads, kv_heads), (rows, columns) in itertools.product([(1, 1), (4, 2)], [(5, 9), (1, 1), (530, 1_100)]):
+        q = (4 * torch.randn(heads, rows, 24, generator=generator)).to(device, dtype)
+        k, v = (torch.randn(kv_heads, columns, 24, generator=generator).to(device, dtype) for _ in range(2))
+        cap = 5.0 if "soft_cap" in terms else None
+        slopes = torch.tensor([2.0**-n for n in range(heads)], device=device).double() if "alibi" in terms else None
+        position = torch.arange(columns) - torch.arange(rows)[:, None]
+        most = max(4 * tolerance, 1e-15 * abs(ahead))  # the reference rounds large scores, too
+        for left, right in bands_of(kernel, rows, columns)[::3]:
+            seen = torch.ones(rows, columns, dtype=torch.bool)
+            seen &= position >= -left if left is not None else True
+            seen &= position <= right if right is not None else True
+            out, lse = kernel.attend(q, k, v, left, right, Scores(0.3, cap, slopes), ahead)
+            expected, expected_lse = expected_of_scores(scores_of(q, k, cap, slopes, ahead), v, seen)
+            assert float((out.cpu().double() - expected).norm() / expected.norm()) <= most
+            torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=lse_tolerance, atol=4 * lse_tolerance)
+        bands = documents([columns], causal=rows == columns)
+        bands[1] = rows
+        if not kernel.abilities.tile.skips:
+            out, lse = kernel.attend_packed(q, k, v, bands, Scores(0.3, cap, slopes), ahead)
+            seen = position <= 0 if rows == columns else position < 10**9
+            expected, expected_lse = expected_of_scores(scores_of(q, k, cap, slopes, ahead), v, seen)
+            assert float((out.cpu().double() - expected).norm() / expected.norm()) <= most
+            torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=lse_tolerance, atol=4 * lse_tolerance)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_our_own_kernel_gives_the_same_bits_for_any_number_of_threads(threads: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, n, 64, generator=generator) for n in (1_100, 2_300, 2_300))
+    scores = Scores(0.125, 50.0, torch.tensor([0.5, 0.01]).double())
+    bands = documents([3, 5, 200, 90, 400, 400], causal=True)
+
+    def all_bits() -> list[torch.Tensor]:
+        kernel = OnlineKernel()
+        edges: list[Band] = [(None, None), (40, 90), (None, 0)]
+        found = [kernel.attend(q, k, v, left, right, scores, -70) for left, right in edges]
+        found.append(kernel.attend_packed(q, k, v, bands, scores))
+        return [x for pair in found for x in pair]
+
+    before, expected = torch.get_num_threads(), all_bits()
+    try:
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(all_bits(), expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 class Fastest:

@@ -7,11 +7,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cqsa_stream.schedulers.masks.bands import Band, Mask
-from cqsa_stream.schedulers.masks.calls import Tile, calls
-from cqsa_stream.schedulers.masks.causal import causal
-from cqsa_stream.schedulers.masks.full import full
-from cqsa_stream.schedulers.masks.window import window
+from cqsa_stream.schedulers.masks.band import Band
+from cqsa_stream.schedulers.masks.bands import Mask
+from cqsa_stream.schedulers.masks.calls import Packed, Tile, calls
+from cqsa_stream.schedulers.masks.window import CAUSAL, FULL, last_keys
 from cqsa_stream.schedulers.runs import Runs
 
 SIDE = 14
@@ -25,7 +24,10 @@ bands = st.builds(
 )
 spans = st.tuples(st.integers(0, 2 * SIDE), st.integers(1, SIDE)).map(lambda t: range(t[0], t[0] + t[1]))
 long_spans = st.tuples(st.integers(0, 50), st.integers(1, 50)).map(lambda t: range(t[0], t[0] + t[1]))
-tiles = st.builds(Tile, st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.booleans())
+tiles = st.builds(
+    Tile, st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans(),
+    st.integers(0, 12), st.integers(1, 20),
+)  # fmt: skip
 offsets = st.integers(-(2**45), 2**45)
 Seen = set[tuple[int, int]]
 
@@ -54,15 +56,19 @@ def disjoint(candidates: Iterable[Band]) -> tuple[list[Band], Seen]:
 lists = st.lists(bands, max_size=6).map(disjoint)
 
 
-@given(lists, spans, spans, offsets, offsets)
+@given(lists, spans, spans, offsets, offsets, st.booleans())
 def test_a_list_of_bands_is_its_dense_mask(
-    found: tuple[list[Band], Seen], rows: range, keys: range, r: int, c: int
+    found: tuple[list[Band], Seen], rows: range, keys: range, r: int, c: int, searched: bool
 ) -> None:
+    """Short lists are walked and long ones searched: both do the same."""
     kept, seen = found
-    mask = Mask(kept, "any").shifted(r, c)
-    here = {(q, k) for q, k in seen if q in rows and k in keys}
     moved_rows, moved_keys = range(rows.start + r, rows.stop + r), range(keys.start + c, keys.stop + c)
-    cut = list(mask.cut(moved_rows, moved_keys))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cqsa_stream.schedulers.masks.bands._FEW", -1 if searched else 16)
+        mask = Mask(kept, "any").shifted(r, c)
+        whole = mask.restricted(moved_rows, moved_keys)
+    here = {(q, k) for q, k in seen if q in rows and k in keys}
+    cut = list(whole)
     found_here = Counter((q - r, k - c) for band in cut for q, k in dense(band))
     assert found_here == dict.fromkeys(here, 1)
     assert mask.scores(moved_rows, moved_keys) == len(here)
@@ -73,11 +79,12 @@ def test_a_list_of_bands_is_its_dense_mask(
         assert band.full == (len(inside) == len(band.rows) * len(band.columns))
         by_all = {k for k in band.columns if all((q, k) in inside for q in band.rows)}
         assert set(band.seen_by_all) == by_all
-    whole = mask.restricted(moved_rows, moved_keys)
+    by_all = {k for k in range(0, 4 * SIDE) if rows and all((q, k) in seen for q in rows)}
+    assert {k - c for part in mask.seen_by_all(moved_rows) for k in part} <= by_all
     assert whole.scores(moved_rows, moved_keys) == len(here)
     assert set(mask.keys(moved_rows)) == {k + c for q, k in seen if q in rows}
     assert set(mask.transposed.keys(moved_keys)) == {q + r for q, k in seen if k in keys}
-    assert Mask.from_list(mask.to_list(), "any") == mask
+    assert Mask(mask, "any") == mask
 
 
 @given(bands, bands, offsets, offsets)
@@ -93,14 +100,14 @@ def test_counts_at_any_size_are_exact() -> None:
     """Sums of arithmetic progressions, spelled out."""
     n = 2**45
     everything = range(-(2**46), 2**47)
-    assert causal(range(n), n).scores(everything, everything) == n * (n + 1) // 2
-    assert full(range(n), n).scores(everything, everything) == n * n
-    assert window(range(n), n, 4096).scores(everything, everything) == n * 4096 - 4096 * 4095 // 2
-    assert window(range(n - 1, n), n, 2048).keys(range(n - 1, n)) == Runs([range(n - 2048, n)])
+    assert CAUSAL.over(range(n), n).scores(everything, everything) == n * (n + 1) // 2
+    assert FULL.over(range(n), n).scores(everything, everything) == n * n
+    assert last_keys(4096).over(range(n), n).scores(everything, everything) == n * 4096 - 4096 * 4095 // 2
+    assert last_keys(2048).over(range(n - 1, n), n).keys(range(n - 1, n)) == Runs([range(n - 2048, n)])
 
 
 def test_a_window_of_2048_shows_1_2_and_so_on_keys() -> None:
-    mask = window(range(5000), 5000, 2048)
+    mask = last_keys(2048).over(range(5000), 5000)
     seen = [mask.scores(range(row, row + 1), range(5000)) for row in range(5000)]
     assert seen == [min(row + 1, 2048) for row in range(5000)]
 
@@ -108,37 +115,34 @@ def test_a_window_of_2048_shows_1_2_and_so_on_keys() -> None:
 @pytest.mark.parametrize("width", [0, -1])
 def test_a_window_without_keys_is_refused(width: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        window(range(10), 10, width)
-
-
-@pytest.mark.parametrize(
-    "numbers", [{}, [[0, 1, 2]], [[0, 1, 0, 1, "a", None]], [[0.0, 1, 0, 1, None, None]], [[True, 1, 0, 1, None, None]],
-                [[0, 2**70, 0, 1, None, None]], [[0, 1, 0, 1, None, None]] * 2]
-)  # fmt: skip
-def test_what_is_no_list_of_bands_is_refused(numbers: object) -> None:
-    with pytest.raises(ValueError, match=r"expected|overlap"):
-        Mask.from_list(numbers, "any")
-
-
-def test_a_list_so_long_that_looking_for_overlaps_takes_for_ever_is_refused() -> None:
-    numbers = [[0, 9**9, 2 * i, 2 * i + 1, None, None] for i in range(257)]
-    assert len(Mask.from_list(numbers[:256], "any")) == 256
-    with pytest.raises(ValueError, match="257 bands; expected at most 256"):
-        Mask.from_list(numbers, "any")
+        last_keys(width).over(range(10), 10)
 
 
 def check(mask: Mask, rows: range, columns: range, tile: Tile) -> None:
     visible = {pair for band in mask for pair in dense(band) if pair[0] in rows and pair[1] in columns}
     computed: Counter[tuple[int, int]] = Counter()
     for call in calls(mask, rows, columns, tile):
+        if isinstance(call, Packed):
+            last = 0
+            for band in Mask.of_disjoint(call.here, "packed"):
+                assert last <= band.r0, "bands of a call share no row"
+                assert 0 <= band.c0 < band.c1 <= len(call.reach)
+                last = band.r1
+                computed.update((q + call.rows.start, k + call.reach.start) for q, k in dense(band))
+            continue
         assert 0 < len(call.rows) <= tile.rows
         assert call.height * call.tiles == len(call.rows)
-        assert 0 < len(call.columns) <= max(tile.columns, tile.rows, call.height)
-        assert not call.left is call.right is None or len(call.columns) <= tile.columns
-        full_call, both = call.left is call.right is None, None not in (call.left, call.right)
-        assert full_call or both or (call.left, call.right) in ((None, 0), (0, None))
-        assert full_call or both or len(call.columns) == call.height <= (tile.leaf if call.left is None else tile.edge)
-        assert not both or (tile.bands and call.height <= tile.edge)
+        both = None not in (call.left, call.right)
+        if call.left is call.right is None:
+            assert 0 < len(call.columns) <= tile.columns
+        elif tile.skips and tile.bands and call.left is not None:
+            assert 0 < len(call.columns) <= 2 * max(tile.columns, call.height)
+        elif both:
+            assert tile.bands
+            assert call.height <= tile.edge
+        else:
+            assert (call.left, call.right) in ((None, 0), (0, None))
+            assert len(call.columns) == call.height <= (tile.leaf if call.left is None else tile.edge)
         left, right = (10**9 if bound is None else bound for bound in (call.left, call.right))
         for t in range(call.tiles):
             for i, j in ((i, j) for i in range(call.height) for j in range(len(call.columns))):
@@ -150,17 +154,17 @@ def check(mask: Mask, rows: range, columns: range, tile: Tile) -> None:
 
 @given(long_spans, long_spans, st.integers(-60, 60), tiles)
 def test_calls_of_a_causal_mask(rows: range, columns: range, q_start: int, tile: Tile) -> None:
-    check(causal(range(q_start, q_start + 120), 120).shifted(-q_start, 0), rows, columns, tile)
+    check(CAUSAL.over(range(q_start, q_start + 120), 120).shifted(-q_start, 0), rows, columns, tile)
 
 
 @given(long_spans, long_spans, st.integers(-60, 60), st.integers(1, 130), tiles)
 def test_calls_of_a_window(rows: range, columns: range, q_start: int, width: int, tile: Tile) -> None:
-    check(window(range(q_start, q_start + 120), 120, width).shifted(-q_start, 0), rows, columns, tile)
+    check(last_keys(width).over(range(q_start, q_start + 120), 120).shifted(-q_start, 0), rows, columns, tile)
 
 
 @given(long_spans, long_spans, tiles)
 def test_calls_of_a_full_mask(rows: range, columns: range, tile: Tile) -> None:
-    check(full(range(120), 120), rows, columns, tile)
+    check(FULL.over(range(120), 120), rows, columns, tile)
 
 
 @given(lists, spans, spans, tiles)

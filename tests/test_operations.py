@@ -28,6 +28,8 @@ from cqsa_stream.operations.forward import Forward
 from cqsa_stream.options import Options
 from cqsa_stream.planning import plan_run
 from cqsa_stream.problem import Problem
+from cqsa_stream.schedulers.masks.rule import Rule
+from cqsa_stream.schedulers.masks.window import CAUSAL, last_keys
 from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.schedulers.shares import Share
 from cqsa_stream.storage.open import open_array
@@ -56,7 +58,7 @@ def whole_numbers(seed: int = 0) -> tuple[torch.Tensor, ...]:
 class Bench:
     """A problem on disk for engines to work on: what a session makes, without the session."""
 
-    def __init__(self, folder: Path, tensors: tuple[torch.Tensor, ...], schedule: str, **what: Any) -> None:
+    def __init__(self, folder: Path, tensors: tuple[torch.Tensor, ...], schedule: str, rule: Rule) -> None:
         self.folder = folder
         self.arrays = {}
         for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
@@ -64,7 +66,7 @@ class Bench:
             if not path.exists():
                 np.save(path, tensor.numpy())
             self.arrays[name] = open_array(path)
-        self.problem = Problem.of(self.arrays["query"], self.arrays["key"], self.arrays["value"], **what)
+        self.problem = Problem.of(self.arrays["query"], self.arrays["key"], self.arrays["value"], rule=rule)
         options = Options(device="cpu", schedule=schedule, chunks=CHUNKS, host_memory="1GiB")
         self.plan: Plan = plan_run(self.problem, self.arrays, options, durable=True)[0]
 
@@ -123,7 +125,7 @@ class Bench:
 
 
 def two_sums(folder: Path, schedule: str, window: int | None) -> Bench:
-    return Bench(folder, whole_numbers(), schedule, causal=True, window=window)
+    return Bench(folder, whole_numbers(), schedule, rule=CAUSAL if window is None else last_keys(window))
 
 
 def check_two_sums(bench: Bench, window: int | None) -> None:
@@ -193,7 +195,7 @@ def noise() -> tuple[torch.Tensor, ...]:
 
 def forward_bench(folder: Path, schedule: str) -> Bench:
     folder.mkdir()
-    return Bench(folder, noise(), schedule, causal=True)
+    return Bench(folder, noise(), schedule, rule=CAUSAL)
 
 
 def results(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,7 +227,7 @@ def test_the_bits_depend_on_the_shares_alone(schedule: str, tmp_path: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(results(one), results(two), strict=True))
 
     killed(f"killed_in_a_share({str(tmp_path / 'dead')!r}, {schedule!r})")
-    dead = Bench(tmp_path / "dead", noise(), schedule, causal=True)
+    dead = Bench(tmp_path / "dead", noise(), schedule, rule=CAUSAL)
     dead.engine(dead.forward(), share=Share(0, 2)).run()
     covers = dead.store(dead.forward()).covers()[0]
     assert any(cover is not None for cover in covers.values()) or len(covers) < CHUNKS, "share 1 is not done"

@@ -12,9 +12,7 @@ from cqsa_stream.schedulers.cqs import Cqs
 from cqsa_stream.schedulers.grid import Axis, Grid
 from cqsa_stream.schedulers.masks.bands import Mask
 from cqsa_stream.schedulers.masks.calls import Tile
-from cqsa_stream.schedulers.masks.causal import causal as causal_mask
-from cqsa_stream.schedulers.masks.full import full as full_mask
-from cqsa_stream.schedulers.masks.window import window
+from cqsa_stream.schedulers.masks.window import CAUSAL, FULL, last_keys
 from cqsa_stream.schedulers.model import traffic as traffic_model
 from cqsa_stream.schedulers.model.memory import (
     Layout,
@@ -73,7 +71,7 @@ def request(
 def masked(tokens: int, rows: int, *, causal: bool) -> Mask:
     """The mask of the last rows, counted from 0."""
     positions = range(tokens - rows, tokens)
-    return (causal_mask if causal else full_mask)(positions, tokens).shifted(rows - tokens, 0)
+    return (CAUSAL if causal else FULL).over(positions, tokens).shifted(rows - tokens, 0)
 
 
 def exactly(wanted: Request, schedule: Schedule, layout: Layout) -> Traffic:
@@ -291,7 +289,7 @@ def test_a_window_is_read_where_it_is() -> None:
     """A window of 4 of 57 chunks: each row chunk meets its own and the 4 before it."""
     tokens, size = 57 * 512, 512
     wanted = request(tokens, causal=True)
-    mask = window(range(tokens), tokens, 4 * size + 1)
+    mask = last_keys(4 * size + 1).over(range(tokens), tokens)
     wanted = dataclasses.replace(wanted, mask=mask)
     axis = Axis(tokens, size, 57)
     grid = Grid(axis, axis, mask, True)

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from cqsa_stream.schedulers.cqs import Cqs, gaps, strides
 from cqsa_stream.schedulers.grid import Axis, Grid
 from cqsa_stream.schedulers.masks.bands import Mask
-from cqsa_stream.schedulers.masks.causal import causal as causal_mask
-from cqsa_stream.schedulers.masks.full import full as full_mask
-from cqsa_stream.schedulers.masks.window import window
+from cqsa_stream.schedulers.masks.window import CAUSAL, FULL, last_keys
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
 from cqsa_stream.schedulers.rectangular import Rectangular
 from cqsa_stream.schedulers.tasks import NEVER, Schedule, Task
@@ -22,7 +20,7 @@ SINGER = list(takewhile(lambda c: c <= 307, singer_numbers()))
 
 def mask_of(causal: bool, keys: int, q_start: int, queries: int) -> Mask:
     positions = range(q_start, q_start + queries)
-    return (causal_mask if causal else full_mask)(positions, keys).shifted(-q_start, 0)
+    return (CAUSAL if causal else FULL).over(positions, keys).shifted(-q_start, 0)
 
 
 def square(tokens: int, chunks: int, causal: bool) -> Grid:
@@ -138,7 +136,7 @@ def test_windows_are_covered_and_their_chunks_come_back_when_they_should(
     chunks: int, queries: int, keys: int, width: int, block: int, data: st.DataObject
 ) -> None:
     q_start = data.draw(st.integers(-20, keys))
-    mask = window(range(q_start, q_start + queries), keys, width).shifted(-q_start, 0)
+    mask = last_keys(width).over(range(q_start, q_start + queries), keys).shifted(-q_start, 0)
     grid = Grid(Axis.cut(queries, chunks), Axis.cut(keys, 11), mask, False)
     schedule = Rectangular(grid, block)
     assert pairs(schedule) == needed(grid)
@@ -155,7 +153,7 @@ def test_windows_are_covered_and_their_chunks_come_back_when_they_should(
 def test_cqs_covers_windows(chunks: int, width: int) -> None:
     tokens = chunks * 5 - 3
     axis = Axis.cut(tokens, chunks)
-    grid = Grid(axis, axis, window(range(tokens), tokens, width), True)
+    grid = Grid(axis, axis, last_keys(width).over(range(tokens), tokens), True)
     assert pairs(Cqs(grid)) == needed(grid)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from cqsa_stream.engine.calls import Calls
 from cqsa_stream.engine.leaving import outbox_for
 from cqsa_stream.engine.staging import Stage
-from cqsa_stream.kernels.contract import Abilities
+from cqsa_stream.kernels.contract import Abilities, Scores
 from cqsa_stream.machine.device import Cuda
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis
@@ -70,7 +70,14 @@ class Device:
         self.written[place.data_ptr()], self.read[place.data_ptr()] = number, set()
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: int | None,
+        right: int | None,
+        scores: Scores,
+        ahead: int = 0,
     ) -> tuple[Tensor, Tensor]:
         tile = self.last_of_stream.get(self.current)
         number, before = self.happens()
@@ -91,7 +98,7 @@ class Device:
 class Kernel:
     def __init__(self, device: Device, at_a_time: int) -> None:
         self.abilities = Abilities((torch.float32,), Tile(8, 8, 8, 8), calls_at_a_time=at_a_time)
-        self.attend = device.attend
+        self.attend = self.attend_packed = device.attend
 
 
 class Piece:
@@ -144,7 +151,7 @@ def test_nothing_is_overwritten_early_or_read_early(device: Any, query_places: i
         ring_slots=4, cache_slots=0, tile=Tile(8, 8, 8, 8), out_tokens=8,
     )  # fmt: skip
     there = Cuda(torch.device("cuda"))
-    calls = Calls(Kernel(device, at_a_time), device.fold, 1.0, there)
+    calls = Calls(Kernel(device, at_a_time), device.fold, there)  # type: ignore[arg-type]
     operation = type("Reader", (), {"compute_dtype": torch.float32, "row_factor": 1.0, "readers": calls.streams})()
     stage = Stage(problem, Axis(64, 8, 8), layout, there, operation)
     partial = torch.zeros(1, 8, 4), torch.zeros(1, 8)
@@ -156,7 +163,7 @@ def test_nothing_is_overwritten_early_or_read_early(device: Any, query_places: i
         for column in range(5):
             key, value = stage.block(Piece(8), Piece(8))  # type: ignore[arg-type]
             for row in range(2) if column < 3 else [1]:
-                calls.attend(partial, queries[row], key, value, Call(range(8), range(8)))
+                calls.attend(partial, queries[row], key, value, Call(range(8), range(8)), Scores(1.0))
             stage.done()
             for row in [0] if column == 2 else [1] if column == 4 else []:
                 stage.end_row(row)

@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 import cqsa_stream as cqsa
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis
+from cqsa_stream.schedulers.masks.window import last_keys
 from cqsa_stream.storage.open import open_array
-from cqsa_stream.verify import verify_rows
+from cqsa_stream.verification.verify import verify_rows
 from tests.conftest import Cli, stopping_after
 from tests.reference import dense, error, inputs
 
@@ -145,7 +146,7 @@ def test_verify_finds_a_window_that_is_wrong(tmp_path: Path) -> None:
     lse = dense(q, k, v, seen=seen(800, 800, 64, 0))[1]
     arrays = {name: open_array(tensor) for name, tensor in zip(("query", "key", "value"), (q, k, v), strict=True)}
     for window, right in ((64, True), (63, False), (65, False)):
-        problem = Problem.of(arrays["query"], arrays["key"], arrays["value"], window=window)
+        problem = Problem.of(arrays["query"], arrays["key"], arrays["value"], rule=last_keys(window))
         found = verify_rows(
             problem, arrays, open_array(out), lambda *at: float(lse[at]), [set(range(8))], Axis(800, 100, 8), 64, 0,
             rounded_tiles=False, damaged=0,

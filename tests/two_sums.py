@@ -31,10 +31,10 @@ class TwoSums:
             Sum("columns", (Field("queries", 1, problem.head_dim, *sizes), Field("count", 1, 0, *sizes))),
         )
 
-    def add(self, rows: Side, columns: Side) -> None:
+    def add(self, lane: int, rows: Side, columns: Side) -> None:
         (query,), (_, value), (by_rows,), (by_columns,) = rows.streams, columns.streams, rows.sums, columns.sums
         seen = torch.zeros(len(rows.tokens), len(columns.tokens), dtype=torch.float64)
-        for band in self._mask.cut(rows.tokens, columns.tokens):
+        for band in self._mask.restricted(rows.tokens, columns.tokens):
             for q in band.rows:
                 keys = [k for k in band.columns if band.cut(range(q, q + 1), range(k, k + 1))]
                 seen[q - rows.tokens.start, [k - columns.tokens.start for k in keys]] = 1.0
@@ -43,6 +43,9 @@ class TwoSums:
         if by_columns is not None:
             by_columns[0].add_((seen.T @ query).sum(0, keepdim=True))
             by_columns[1].add_(seen.sum(0) * len(query))
+
+    def leave(self, number: int, lane: int, fields: Fields) -> None:
+        """Nothing is done to complete chunks."""
 
     def merge(self, number: int, into: Fields, other: Fields) -> None:
         for target, source in zip(into, other, strict=True):

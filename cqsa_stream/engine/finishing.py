@@ -47,6 +47,7 @@ class Finishing:
         while self._outbox.full:
             self._settle_first()
         partial = held.retire(chunk)
+        self._job.operation.leave(held.number, held.lane, partial.fields)
         left = self._outbox.take(partial.fields, held.sum, lambda until: held.free(partial.slot, until))
         done = self._writer.submit(self._write, held.number, held.lane, chunk, left)
         self._leaving.append(_Written(held.number, held.lane, chunk, left.release, done))

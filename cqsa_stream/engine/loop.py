@@ -153,6 +153,7 @@ class Engine:
                 for row in rows:
                     at = task.lane, row, column
                     self.operation.add(
+                        task.lane,
                         Side(
                             self.grid.rows.span(row),
                             (queries[row],),

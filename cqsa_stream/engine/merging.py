@@ -36,6 +36,7 @@ def _merge(job: Job, number: int, lane: int, chunk: int, tokens: int, complete: 
             job.operation.merge(number, merged, part)
             cover |= found
     if cover == complete:
+        job.operation.leave(number, lane, merged)
         job.store.finish(number, lane, chunk, job.sink.write(number, lane, chunk, merged))
 
 

@@ -48,8 +48,11 @@ class Operation(Protocol):
     def sums(self) -> tuple[Sum, ...]:
         """What is summed up. The first counts as the run's progress."""
 
-    def add(self, rows: Side, columns: Side) -> None:
+    def add(self, lane: int, rows: Side, columns: Side) -> None:
         """Add all visible pairs of the rows and columns to the sums that are given. Sums hold whole blocks."""
+
+    def leave(self, number: int, lane: int, fields: Fields) -> None:
+        """Make of a complete chunk of sum ``number``, in place, what leaves; no partial is ever stored after it."""
 
     def merge(self, number: int, into: Fields, other: Fields) -> None:
         """Add another partial of sum ``number``, over other pairs, to the first, in place."""

@@ -4,7 +4,7 @@ A choice is two names, made once for a run from the device, the stored dtype, wh
 the plan: it belongs to the plan and to the run's state. Kernels themselves choose nothing and read no files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -18,7 +18,7 @@ from cqsa_stream.kernels.fold import fold
 
 __all__ = ["KERNELS", "Measured", "choices", "chosen", "fold_for", "kernel_of", "merges_at_once"]
 
-KERNELS = ("auto", "cupy")
+KERNELS = ("auto", "cupy", "online")
 
 
 class Measured(Protocol):
@@ -28,16 +28,25 @@ class Measured(Protocol):
         """Return the fastest operator for calls of this size; None where one of them was not measured."""
 
 
-def choices(device: torch.device, stored: torch.dtype) -> list[KernelChoice]:
-    """Return all that can compute arrays of the stored dtype on a device, those to be preferred first."""
+def choices(device: torch.device, stored: torch.dtype, terms: Collection[str] = ()) -> list[KernelChoice]:
+    """Return all that can compute arrays of the stored dtype on a device, with these score terms; those to be preferred
+    first.
+    """
+    found = _all(device, stored)
+    return [choice for choice in found if kernel_of(choice, device, stored).abilities.terms >= set(terms)]
+
+
+@cache
+def _all(device: torch.device, stored: torch.dtype) -> list[KernelChoice]:
+    own = KernelChoice("online", "products")
     if device.type == "cpu":
-        return [KernelChoice("torch-cpu", "flash-for-cpu")]
-    own = [KernelChoice("cupy", "cublas")] if _cupy() else []
+        return [KernelChoice("torch-cpu", "flash-for-cpu"), own]
+    others = [KernelChoice("cupy", "cublas")] if _cupy() else []
     if stored == torch.float32:
-        return [*own, KernelChoice("plain", "products")]
+        return [*others, own]
     from cqsa_stream.kernels.torch_cuda import operators
 
-    return [*(KernelChoice("torch-cuda", operator) for operator in operators(device, stored)), *own]
+    return [*(KernelChoice("torch-cuda", operator) for operator in operators(device, stored)), *others, own]
 
 
 def chosen(
@@ -48,13 +57,18 @@ def chosen(
     rows: int,
     columns: int,
     width: int,
+    terms: Collection[str] = (),
 ) -> KernelChoice:
     """Return the kernel named, or the fastest exact one, with the operator that is the fastest for the largest calls:
-    ``rows`` of all heads by ``columns``, head dims of ``width``. Raises InputError where that kernel cannot be.
+    ``rows`` of all heads by ``columns``, head dims of ``width``. Raises InputError where that kernel cannot be, or does
+    not know the score terms.
     """
-    found = choices(device, stored)
+    found = able = choices(device, stored, terms)
     if name not in (None, "auto"):
-        found = [choice for choice in found if choice.kernel == name]
+        found = [choice for choice in able if choice.kernel == name]
+    if not found and any(choice.kernel == name for choice in _all(device, stored)):
+        can = ", ".join(choice.kernel for choice in able) or "none"
+        raise InputError(f"kernel {name!r} on {device} does not know {', '.join(terms)}; these do: {can}")
     if not found:
         raise InputError(
             f"kernel {name!r} cannot be on {device}: it needs CuPy and a CUDA device; install cqsa-stream[cuda] and "
@@ -69,7 +83,7 @@ def chosen(
 @cache
 def kernel_of(choice: KernelChoice, device: torch.device, stored: torch.dtype) -> Kernel:
     """Return the kernel that was chosen, perhaps by another session. Raises InputError where it cannot be here."""
-    if choice not in choices(device, stored):
+    if choice not in _all(device, stored):
         kind = str(stored).removeprefix("torch.")
         raise InputError(f"kernel {choice.kernel} ({choice.operator}) cannot compute {kind} arrays on {device} here")
     if choice.kernel == "torch-cpu":
@@ -80,10 +94,10 @@ def kernel_of(choice: KernelChoice, device: torch.device, stored: torch.dtype) -
         from cqsa_stream.kernels.torch_cuda import TorchCudaKernel
 
         return TorchCudaKernel(choice.operator)
-    if choice.kernel == "plain":
-        from cqsa_stream.kernels.reference import PlainKernel
+    if choice.kernel == "online":
+        from cqsa_stream.kernels.online import OnlineKernel
 
-        return PlainKernel(torch.float32)
+        return OnlineKernel(tall=device.type != "cpu")
     kernel: Kernel = import_module("cqsa_stream.kernels.cupy").CupyKernel()
     return kernel
 
@@ -96,7 +110,7 @@ def fold_for(device: torch.device) -> Fold:
 
 def merges_at_once(device: torch.device) -> bool:
     """Return whether tiles are merged by one kernel, which holds nothing besides them."""
-    return any(choice.kernel == "cupy" for choice in choices(device, torch.float32))
+    return any(choice.kernel == "cupy" for choice in _all(device, torch.float32))
 
 
 @cache

@@ -21,7 +21,10 @@ import torch
 from cupy.cuda import cublas
 from torch import Tensor
 
-from cqsa_stream.kernels.contract import Abilities, Attended, Keys, Queries, Values
+from cqsa_stream.kernels.contract import Abilities, Attended, Keys, Queries, Scores, Values
+from cqsa_stream.kernels.mending import mend
+from cqsa_stream.kernels.seeing import PACKING_BYTES, PACKING_NUMBERS, Seen, by_tiles, ranges
+from cqsa_stream.schedulers.masks.arrays import Bands64
 from cqsa_stream.schedulers.masks.calls import Tile
 
 __all__ = ["CupyKernel", "fold"]
@@ -45,27 +48,38 @@ __device__ float over_block(float mine, bool highest, float* shared) {
     return all;
 }
 
-// One block for each row: scores become weights, in place; out is what the products sum up, total what the weights do.
-// Row i sees the keys from i - left to i + right, of which there are `keys` here, from first_key on; -1: unbounded.
+// One block for each row: products become scores, then weights, in place; out is what the products with values sum up,
+// total what the weights do. A row sees the keys of its tile from firsts to, without, stops, of which there are `keys`
+// here, from first_key on.
 extern "C" __global__ void online_softmax(float* scores, float* out, float* highest, float* total, int keys, int dim,
-                                          int rows, int left, int right, int first_key) {
+                                          int rows, int first_key, int tile_heads, const long long* firsts,
+                                          const long long* stops, float cap, const double* slopes,
+                                          const long long* aheads) {
     __shared__ float shared[32];
-    long long row = blockIdx.x;
+    long long row = blockIdx.x, head = row / rows, i = row % rows, tile = head / tile_heads;
     float* mine = scores + row * keys;
-    int own = (int)(row % rows) - first_key;                                           // the row's own key
-    int seen_from = left < 0 ? 0 : max(0, own - left), seen_to = right < 0 ? keys : min(keys, own + right + 1);
+    long long from = firsts[tile * rows + i], to = stops[tile * rows + i];
+    int seen_from = (int)max(0ll, from - first_key), seen_to = (int)min((long long)keys, to - first_key);
+    float slope = slopes ? (float)slopes[head] : 0.0f;
+    long long nearest = slopes ? min(to - 1, max(from, i - aheads[tile])) - first_key : 0;  // from it distances count
     float high = -INFINITY, sum = 0.0f, before = highest[row], earlier = total[row];
-    for (int i = seen_from + threadIdx.x; i < seen_to; i += blockDim.x) high = fmaxf(high, mine[i]);
+    for (int j = seen_from + threadIdx.x; j < seen_to; j += blockDim.x) {
+        float score = mine[j];
+        if (cap > 0.0f) score = cap * tanhf(score / cap);
+        if (slopes) score -= slope * fabsf((float)(nearest - j));
+        mine[j] = score;
+        high = fmaxf(high, score);
+    }
     high = fmaxf(before, over_block(high, true, shared));
-    for (int i = threadIdx.x; i < keys; i += blockDim.x) {
-        bool seen = i >= seen_from && i < seen_to && mine[i] != -INFINITY;               // -inf - -inf would be NaN
-        float weight = seen ? expf(mine[i] - high) : 0.0f;
-        mine[i] = weight;
+    for (int j = threadIdx.x; j < keys; j += blockDim.x) {
+        bool seen = j >= seen_from && j < seen_to && mine[j] != -INFINITY;               // -inf - -inf would be NaN
+        float weight = seen ? expf(mine[j] - high) : 0.0f;
+        mine[j] = weight;
         sum += weight;
     }
     sum = over_block(sum, false, shared);
     float keep = before == high ? 1.0f : expf(before - high);
-    for (int i = threadIdx.x; i < dim; i += blockDim.x) out[row * dim + i] *= keep;
+    for (int j = threadIdx.x; j < dim; j += blockDim.x) out[row * dim + j] *= keep;
     if (threadIdx.x == 0) { highest[row] = high; total[row] = earlier * keep + sum; }
 }
 """
@@ -88,39 +102,69 @@ def _on_torchs_stream(device: torch.device) -> Any:
 
 
 class CupyKernel:
-    """softmax(q k^T scale) v in float32."""
+    """Softmax of the scores, times v, in float32."""
 
     abilities = Abilities(
         dtypes=(torch.float32,),
-        tile=Tile(8_192, 65_536, 8_192, 2_048, bands=True),
+        tile=Tile(8_192, 65_536, 8_192, 2_048, bands=True, small=1_024),
+        terms=frozenset({"soft_cap", "alibi"}),
         score_bytes=4,
         score_columns=_KEYS,
         calls_at_a_time=1,  # cuBLAS promises the same bits again for one stream at a time
         workspace_bytes=24 << 20,  # by which its tensors are rounded up
+        packing_bytes=PACKING_BYTES,
+        packing_numbers=PACKING_NUMBERS,
     )
 
-    def attend(self, q: Queries, k: Keys, v: Values, left: int | None, right: int | None, scale: float) -> Attended:
-        (heads, rows, _), keys, dim = q.shape, k.shape[1], v.shape[2]
-        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-        out = q.new_zeros(heads, rows, dim)
-        highest, total = q.new_full((heads, rows), -torch.inf), q.new_zeros(heads, rows)
-        scores = q.new_empty(heads * rows * min(_KEYS, keys))
-        bounds = [-1 if n is None or n >= rows + keys else n for n in (left, right)]  # larger may not fit 32 bits
-        with _on_torchs_stream(q.device):
-            for first in range(0, keys, _KEYS):
-                part = slice(first, min(first + _KEYS, keys))
-                width = part.stop - part.start
-                weights = scores[: heads * rows * width].view(heads, rows, width)
-                _product(q, k[:, part].transpose(1, 2), weights, scale, 0.0)
-                arguments = (width, dim, rows, *bounds, first)
-                _softmax(
-                    (heads * rows,), (_THREADS,),
-                    (*(x.data_ptr() for x in (weights, out, highest, total)), *map(np.int32, arguments)),
-                )  # fmt: skip
-                _product(weights, v[:, part], out, 1.0, 1.0)
-        none = total == 0
-        out.div_(total.masked_fill(none, 1.0).unsqueeze(2)).masked_fill_(none.unsqueeze(2), 0.0)
-        return out, highest.double() + total.double().log()
+    def attend(
+        self, q: Queries, k: Keys, v: Values, left: int | None, right: int | None, scores: Scores, ahead: int = 0
+    ) -> Attended:
+        first, stop = ranges(q.shape[1], k.shape[1], left, right, q.device)
+        return _attend(q, k, v, Seen(first, stop, torch.tensor([ahead], device=q.device)), scores)
+
+    def attend_packed(self, q: Queries, k: Keys, v: Values, bands: Bands64, scores: Scores, ahead: int = 0) -> Attended:
+        def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Attended:
+            own = scores.of_tiles(len(seen.ahead))
+            out, lse = _attend(q, k, v, seen, own)
+            mend(out, lse, ~out.sum(2).isfinite(), q, k, v, seen, own)  # gathered keys may be such as nobody sees
+            return out, lse
+
+        return by_tiles(q, k, v, bands, ahead, attend)
+
+
+def _attend(q: Queries, k: Keys, v: Values, seen: Seen, scores: Scores) -> Attended:
+    (heads, rows, _), keys, dim, tiles = q.shape, k.shape[1], v.shape[2], len(seen.ahead)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    seen = Seen(*(x.contiguous() for x in seen))
+    out = q.new_zeros(heads, rows, dim)
+    highest, total = q.new_full((heads, rows), -torch.inf), q.new_zeros(heads, rows)
+    room = q.new_empty(heads * rows * min(_KEYS, keys))
+    slopes = None if scores.slopes is None else scores.slopes.double().contiguous()
+    cap = np.float32(scores.soft_cap or 0.0)
+    with _on_torchs_stream(q.device):
+        for start in range(0, keys, _KEYS):
+            part = slice(start, min(start + _KEYS, keys))
+            width = part.stop - part.start
+            weights = room[: heads * rows * width].view(heads, rows, width)
+            _product(q, k[:, part].transpose(1, 2), weights, scores.scale, 0.0)
+            _softmax(
+                (heads * rows,), (_THREADS,),
+                (
+                    *(x.data_ptr() for x in (weights, out, highest, total)),
+                    *map(np.int32, (width, dim, rows, start, heads // tiles)),
+                    seen.first.data_ptr(), seen.stop.data_ptr(), cap, slopes.data_ptr() if slopes is not None else 0,
+                    seen.ahead.data_ptr(),
+                ),
+            )  # fmt: skip
+            _product(weights, v[:, part], out, 1.0, 1.0)
+    none = total == 0
+    out.div_(total.masked_fill(none, 1.0).unsqueeze(2)).masked_fill_(none.unsqueeze(2), 0.0)
+    lse = highest.double() + total.double().log()
+    if slopes is not None:
+        own = torch.arange(rows, device=q.device) - seen.ahead.unsqueeze(1)
+        distance = (own - own.clamp(seen.first, seen.stop - 1)).abs().repeat_interleave(heads // tiles, 0)
+        lse -= slopes.unsqueeze(1) * distance
+    return out, lse.masked_fill_(none, -torch.inf)
 
 
 def _product(a: Tensor, b: Tensor, c: Tensor, factor: float, keep: float) -> None:
@@ -172,7 +216,8 @@ __global__ void fold(float* out, double* lse, const typename Number::stored* til
     if (isinf(added) && added < 0) return;                       // the tile saw no key of this row
     double high = before < added ? added : before, low = before < added ? before : added;   // not fmax: it hides NaN
     double total = high + (high == low ? log(2.0) : log1p(exp(low - high)));
-    float weight = (float)exp(added - total), kept = isinf(before) && before < 0 ? 0.0f : (float)exp(before - total);
+    bool first = isinf(before) && before < 0;
+    float weight = (float)exp(added - total), kept = first ? 0.0f : (float)exp(before - total);
     __syncwarp();
     if (lane == 0) *held = total;
     float* mine = out + head * out_head + row * out_row;
@@ -180,7 +225,12 @@ __global__ void fold(float* out, double* lse, const typename Number::stored* til
     for (int i = lane * together; i < dim; i += 32 * together) {
         float a[together]; typename Number::stored b[together];
         #pragma unroll
-        for (int j = 0; j < together; j++) { a[j] = mine[i + j]; b[j] = its[i + j]; }
+        for (int j = 0; j < together; j++) { a[j] = first ? 0.0f : mine[i + j]; b[j] = its[i + j]; }
+        if (first) {                                                 // what stands there is not even read
+            #pragma unroll
+            for (int j = 0; j < together; j++) mine[i + j] = Number::read(b[j]);
+            continue;
+        }
         #pragma unroll
         for (int j = 0; j < together; j++) {
             float its_own = Number::read(b[j]), difference = its_own - a[j];

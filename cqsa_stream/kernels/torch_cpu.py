@@ -9,64 +9,95 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cqsa_stream.kernels.contract import Abilities, Attended, Keys, Queries, Values
-from cqsa_stream.kernels.fold import fold
-from cqsa_stream.kernels.reference import formula, unseen
+from cqsa_stream.kernels.contract import Abilities, Attended, Keys, Queries, Scores, Values
+from cqsa_stream.kernels.mending import mend
+from cqsa_stream.kernels.online import OnlineKernel
+from cqsa_stream.kernels.seeing import PACKING_BYTES, PACKING_NUMBERS, Seen, by_tiles, hidden_by, ranges
+from cqsa_stream.schedulers.masks.arrays import Bands64
 from cqsa_stream.schedulers.masks.calls import Tile
 
 __all__ = ["TorchCpuKernel"]
 
-_ROWS, _KEYS = 256, 1_024  # of the formula at a time: their scores are written out
+_MOST_LSE = 128.0  # its last bit is 2^-17: half of it changes a weight by 4e-6
 
 
 class TorchCpuKernel:
     """float32 tiles on the CPU, and float64 ones of float64 arrays."""
 
     abilities = Abilities(
-        dtypes=(torch.float32, torch.float64), tile=Tile(16_384, 16_384, 1_024, 128, bands=True), whole_dims=1
+        dtypes=(torch.float32, torch.float64),
+        tile=Tile(16_384, 16_384, 1_024, 128, bands=True, small=512),
+        whole_dims=1,
+        packing_bytes=PACKING_BYTES,
+        packing_numbers=PACKING_NUMBERS,
     )
 
-    def attend(self, q: Queries, k: Keys, v: Values, left: int | None, right: int | None, scale: float) -> Attended:
+    def attend(
+        self, q: Queries, k: Keys, v: Values, left: int | None, right: int | None, scores: Scores, ahead: int = 0
+    ) -> Attended:
         if k.shape[1] == 0:
             return q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf)
-        value_dim = v.shape[2]
-        q, k, v = self.abilities.padded(q, k, v)
-        causal = (left, right) == (None, 0) and q.shape[1] == k.shape[1]
-        hidden = None if causal else _added(q.shape[1], k.shape[1], left, right, q.dtype)
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = (x[0] for x in attend(q[None], k[None], v[None], 0.0, causal, attn_mask=hidden, scale=scale))
-        out = out[:, :, :value_dim]
-        _mend(out, lse, q, k, v[:, :, :value_dim], left, right, scale)
+        (_, rows, _), columns = q.shape, k.shape[1]
+        causal = (left, right) == (None, 0) and rows == columns
+        added = None if causal else _added(rows, columns, left, right, q.dtype)
+        out, lse = self._operator(q, k, v, added, scores.scale, causal=causal)
+        if _far(lse):
+            return self._exact.attend(q, k, v, left, right, scores, ahead)
+        if (odd := _odd(out, lse)).any():
+            seen = *ranges(rows, columns, left, right, q.device), torch.tensor([ahead])
+            mend(out, lse, odd, q, k, v, seen, scores)
         return out, lse
+
+    def attend_packed(self, q: Queries, k: Keys, v: Values, bands: Bands64, scores: Scores, ahead: int = 0) -> Attended:
+        def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Attended:
+            hidden = hidden_by(seen.first, seen.stop, torch.arange(k.shape[1]))
+            added = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+            query, key, value = (x.view(len(added), -1, *x.shape[1:]) for x in (q, k, v))
+            found = self._operator(query, key, value, added[:, None], scores.scale, causal=False)
+            if _far(found[1]):
+                return self._exact.attend_seen(q, k, v, seen, scores)
+            blind = (seen.first >= seen.stop).repeat_interleave(len(q) // len(added), 0)
+            out = found[0].flatten(0, 1).masked_fill(blind.unsqueeze(2), 0.0)
+            lse = found[1].flatten(0, 1).masked_fill(blind, -torch.inf)
+            mend(out, lse, _odd(out, lse), q, k, v, seen, scores)
+            return out, lse
+
+        return by_tiles(q, k, v, bands, ahead, attend)
+
+    @property
+    def _exact(self) -> OnlineKernel:
+        """A kernel whose log-sum-exp is as fine as its scores are."""
+        return OnlineKernel()
+
+    def _operator(
+        self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, *, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Run the operator on ``[heads, ...]``, or on several batches of these."""
+        batched = q.dim() == 4
+        attend, value_dim = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, v.shape[-1]
+        q, k, v = self.abilities.padded(*((x if batched else x[None]) for x in (q, k, v)))
+        out, lse = attend(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
+        out = out[..., :value_dim]
+        return (out, lse) if batched else (out[0], lse[0])
 
 
 @lru_cache(1)
 def _added(rows: int, columns: int, left: int | None, right: int | None, dtype: torch.dtype) -> Tensor | None:
     """Return what is added to the scores: -inf where a row does not see a column. None where all see all."""
-    hidden = unseen(torch.arange(rows), torch.arange(columns), left, right)
-    return None if hidden is None else torch.zeros(1, 1, rows, columns, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    if left is None and right is None:
+        return None
+    hidden = hidden_by(*ranges(rows, columns, left, right, torch.device("cpu")), torch.arange(columns))
+    return torch.zeros(1, 1, rows, columns, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
-def _mend(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, scale: float
-) -> None:
-    """Compute those rows anew, by the formula, that the operator may have got wrong; as a rule there are none.
+def _far(lse: Tensor) -> bool:
+    """Return whether float32 rounds a log-sum-exp by more than it may: tiles are weighed by it when they merge."""
+    return lse.dtype == torch.float32 and bool((lse.abs() > _MOST_LSE).logical_and(lse.isfinite()).any())
 
-    It gives lse 0 to a row all of whose scores are -inf, and a lse can be 0; and it multiplies values that are inf or
-    NaN by the weight 0 of a key that the row does not see.
+
+def _odd(out: Tensor, lse: Tensor) -> Tensor:
+    """Return the rows that the operator may have got wrong.
+
+    It gives lse 0 to a row all of whose scores are -inf, and a lse can be 0; and see ``mending``.
     """
-    odd = (lse == 0) | ~out.sum(2).isfinite()
-    if not odd.any():
-        return
-    group = q.shape[0] // k.shape[0]
-    for head in range(q.shape[0]):
-        keys, values = (x[head // group, None] for x in (k, v))
-        for rows in torch.split(odd[head].nonzero()[:, 0], _ROWS):
-            found = v.new_zeros(1, len(rows), v.shape[2])
-            found_lse = v.new_full((1, len(rows)), -torch.inf, dtype=torch.float64)
-            for first in range(0, k.shape[1], _KEYS):
-                part = slice(first, min(first + _KEYS, k.shape[1]))
-                hidden = unseen(rows, torch.arange(part.start, part.stop), left, right)
-                tile = formula(q[head, None, rows], keys[:, part], values[:, part], hidden, scale)
-                fold(found, found_lse, *tile)
-            out[head, rows], lse[head, rows] = found[0], found_lse[0].to(lse.dtype)
+    return (lse == 0) | ~out.sum(2).isfinite()

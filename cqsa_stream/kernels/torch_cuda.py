@@ -1,17 +1,23 @@
 """The vendor's attention on CUDA, by the aten operators that return the log-sum-exp; for float16 and bfloat16, and for
 float8 arrays upcast to float16, which holds each of their numbers.
 
-The operators are cuDNN's, which is faster on Hopper for almost all sizes, and flash attention. Both want head dims that
-are equal and multiples of 8: others are padded with zeros, which changes no score. (The memory-efficient operator is
-never used: its log-sum-exp and long sequences are wrong, pytorch#162588.)
+The operators are cuDNN's, which is faster on Hopper for almost all sizes, and flash attention. It alone takes windows
+and packed bands, and takes no time for what they hide. Both want head dims that are equal and multiples of 8: others
+are padded with zeros, which changes no score. (The memory-efficient operator is never used: its log-sum-exp and long
+sequences are wrong, pytorch#162588.)
+
+Flash attention counts a window from the last row and the last column of a tile; a bound below 0 would be none. The
+bands of a call are tight, so both bounds are at least 0 from either corner.
 """
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cqsa_stream.kernels.contract import Abilities, Attended, Keys, Queries, Values, by_triangles
+from cqsa_stream.kernels.contract import Abilities, Attended, Keys, Queries, Scores, Values
+from cqsa_stream.schedulers.masks.arrays import Bands64, band_at
 from cqsa_stream.schedulers.masks.calls import Tile
 
 __all__ = ["OPERATORS", "TorchCudaKernel", "operators"]
@@ -22,7 +28,7 @@ class TorchCudaKernel:
 
     abilities = Abilities(
         dtypes=(torch.float16, torch.bfloat16),
-        tile=Tile(65_536, 65_536, 65_536, 65_536),
+        tile=Tile(65_536, 65_536, 65_536, 65_536, bands=True, skips=True, small=4_096, pack=65_536),
         calls_at_a_time=2,
         whole_dims=8,
         rounded_tiles=True,
@@ -32,13 +38,26 @@ class TorchCudaKernel:
         """``operator``: one of OPERATORS."""
         self.operator = operator
 
-    def attend(self, q: Queries, k: Keys, v: Values, left: int | None, right: int | None, scale: float) -> Attended:
-        if k.shape[1] == 0:
+    def attend(
+        self, q: Queries, k: Keys, v: Values, left: int | None, right: int | None, scores: Scores, ahead: int = 0
+    ) -> Attended:
+        (_, rows, _), columns, value_dim = q.shape, k.shape[1], v.shape[2]
+        if columns == 0:
             empty = q.new_zeros(*q.shape[:2], v.shape[2], dtype=torch.float32)
             return empty, empty.new_full(q.shape[:2], -torch.inf)
+        q, k, v = self.abilities.padded(q, k, v)
+        if left is None and (right is None or (right == 0 and rows == columns)):
+            out, lse = OPERATORS[self.operator](q, k, v, right == 0, scores.scale)
+        else:
+            back = columns - rows
+            bounds = None if left is None else left + back, None if right is None else right - back
+            out, lse = _windowed(q, k, v, bounds, scores.scale)
+        return _without_unseen(out[:, :, :value_dim], lse)
+
+    def attend_packed(self, q: Queries, k: Keys, v: Values, bands: Bands64, scores: Scores, ahead: int = 0) -> Attended:
         value_dim = v.shape[2]
         q, k, v = self.abilities.padded(q, k, v)
-        out, lse = by_triangles(OPERATORS[self.operator], q, k, v, left, right, scale)
+        out, lse = _packed(q, k, v, bands, scores.scale)
         return _without_unseen(out[:, :, :value_dim], lse)
 
 
@@ -52,6 +71,38 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
     attend = torch.ops.aten._scaled_dot_product_flash_attention
     out, lse, *_ = attend(q[None], k[None], v[None], 0.0, causal, False, scale=scale)
     return out[0], lse[0, :, : q.shape[1]]  # some versions round the rows of lse up
+
+
+def _windowed(
+    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[int | None, int | None], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend one tile; ``bounds``: left and right, counted from the last row and column."""
+    assert min(bound for bound in bounds if bound is not None) >= 0, f"bounds {bounds}; expected a tight band"
+    rows, columns = q.shape[1], k.shape[1]
+    bounds = tuple(None if n is None or n >= rows + columns else n for n in bounds)  # type: ignore[assignment]
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)), None, None, rows, columns, 0.0, False, False, scale=scale,
+        window_size_left=bounds[0], window_size_right=bounds[1],
+    )  # fmt: skip
+    return out[0].transpose(0, 1), lse[0, :, :rows]
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, bands: Bands64, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend bands of rows that follow one another; rows between them are sequences without keys."""
+    r0, r1, c0, c1, *_ = bands
+    edges = np.unique(np.concatenate([[0, q.shape[1]], r0, r1]))
+    starts, lengths = np.zeros(len(edges), np.int64), np.zeros(len(edges) - 1, np.int64)
+    place = np.searchsorted(edges, r0)
+    starts[place], lengths[place] = c0, c1 - c0
+    last = band_at(bands, bands.shape[1] - 1)  # all see as far to both sides, counted from their last row and column
+    left = None if last.lo is None else last.c1 - last.r1 - last.lo
+    right = None if last.hi is None else last.hi + last.r1 - last.c1
+    rows, keys, used = (torch.from_numpy(x.astype(np.int32)).to(q.device) for x in (edges, starts, lengths))
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *(x.transpose(0, 1) for x in (q, k, v)), rows, keys, int(np.diff(edges).max()), int(lengths.max()), 0.0, False,
+        False, scale=scale, window_size_left=left, window_size_right=right, seqused_k=used,
+    )  # fmt: skip
+    return out.transpose(0, 1), lse[:, : q.shape[1]]
 
 
 def _without_unseen(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

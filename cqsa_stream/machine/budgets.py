@@ -13,12 +13,13 @@ import torch
 
 from cqsa_stream.errors import InputError
 from cqsa_stream.kernels.choose import fold_for, kernel_of
-from cqsa_stream.kernels.contract import TRIANGLES, Kernel, KernelChoice
+from cqsa_stream.kernels.contract import TRIANGLES, Kernel, KernelChoice, Scores
 from cqsa_stream.machine.calibration import load
 from cqsa_stream.machine.device import Device
-from cqsa_stream.problem import Problem, is_number
+from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.model.rates import Rates, TileTimes
 from cqsa_stream.schedulers.request import Machine
+from cqsa_stream.scores import Terms, is_number
 
 __all__ = [
     "FREE_SHARE",
@@ -140,22 +141,24 @@ def _free_disk_bytes(path: Path) -> int:
 
 def _tried(rates: Rates, device: Device, kernel: Kernel, problem: Problem) -> Rates:
     """Return the rates with the kernel's times as a quick trial finds them."""
-    flops = _measured_flops(device, kernel, problem.dtype, problem.head_dim, problem.value_dim)
+    flops = _measured_flops(device, kernel, problem.dtype, problem.head_dim, problem.value_dim, problem.terms)
     return replace(rates, tiles=TileTimes.nominal(flops, problem.head_dim + problem.value_dim, 1e-4))
 
 
 @cache
-def _measured_flops(device: Device, kernel: Kernel, stored: str, head_dim: int, value_dim: int) -> float:
+def _measured_flops(device: Device, kernel: Kernel, stored: str, head_dim: int, value_dim: int, terms: Terms) -> float:
     """Time the kernel on one tile, small enough to take a moment and large enough to show: the median of 3."""
     tile, dtype = kernel.abilities.tile, kernel.abilities.compute_dtype(getattr(torch, stored))
     rows, columns = (min(pair) for pair in zip(device.habits.trial, (tile.rows, tile.columns), strict=True))
     q = torch.zeros(1, rows, head_dim, dtype=dtype, device=device.torch)
     k = torch.zeros(1, columns, head_dim, dtype=dtype, device=device.torch)
     v = torch.zeros(1, columns, value_dim, dtype=dtype, device=device.torch)
+    slopes = torch.ones(1, device=device.torch) if terms.alibi_slopes else None
+    scores = Scores(1.0, terms.soft_cap, slopes)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        kernel.attend(q, k, v, None, None, 1.0)
+        kernel.attend(q, k, v, None, None, scores)
         device.synchronize()
         seconds.append(time.perf_counter() - start)
     return 2.0 * (head_dim + value_dim) * rows * columns / sorted(seconds[1:])[1]
@@ -172,7 +175,7 @@ def _reserved_bytes(device: Device, kernel: Kernel, dtype: torch.dtype) -> int |
     lse = torch.full((1, 64), -torch.inf, dtype=torch.float64, device=place)
     with device.current(), device.on(device.new_stream()):
         for left, right in TRIANGLES:
-            fold_for(place)(out, lse, *kernel.attend(q, q, q, left, right, 1.0))
+            fold_for(place)(out, lse, *kernel.attend(q, q, q, left, right, Scores(1.0)))
         for rounded in (torch.bfloat16, torch.float16):
             out.to(rounded)
         lse.float()

@@ -12,7 +12,7 @@ _SPEEDS = Speeds(
     file_lost_s=1e-3, block_s=1e-4, read_cpu_s=1e-10, check_cpu_s=2.5e-10, expand_cpu_s=4e-9,
 )  # fmt: skip
 _BESIDE = replace(
-    _SPEEDS, read_bytes_per_s=2e9, write_bytes_per_s=1e9, stage_bytes_per_s=2e10, file_lost_s=1e-9,
+    _SPEEDS, read_bytes_per_s=2e9, write_bytes_per_s=1e9, stage_bytes_per_s=2e10, file_lost_s=1e-9, block_s=1e-3,
 )  # fmt: skip
 
 HOST = Habits(

@@ -82,6 +82,7 @@ def refuse_differences(manifest: Manifest, directory: RunDirectory, command: Com
     differing = [
         f"{field.name} {began} (now {now})"
         for field in fields(manifest.problem)
+        if field.compare
         for began, now in [[getattr(problem, field.name) for problem in problems]]
         if began != now
     ]

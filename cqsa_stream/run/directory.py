@@ -2,6 +2,7 @@
 
 run.json        the problem, the grid, the inputs' fingerprints, where the output is; carries its own checksum
 state.json      what the next session needs: options as used, the plan's choice; carries its own checksum
+arrays/         what of the mask is too long for run.json: .npy files, each named by its SHA-256
 partials/       one file for each row chunk in progress or finished
 lse.zarr        the log-sum-exp of finished rows, unless --lse names another place
 results.zarr    a Zarr group of links to output and lse, so that xarray opens both by name
@@ -38,9 +39,9 @@ from cqsa_stream.storage.retrying import retrying
 __all__ = ["RunDirectory"]
 
 _MANIFEST, _STATE, _SESSION, _EVENTS = "run.json", "state.json", "session.json", "events.jsonl"
-_FILES, _FOLDERS = (_MANIFEST, _STATE, _SESSION, _EVENTS), ("partials", "lse.zarr", "results.zarr")
-_BEFORE_A_RUN = {"lock", _SESSION, _STATE, "results.zarr"}
-_MOST_JSON_BYTES = 1 << 20
+_FILES, _FOLDERS = (_MANIFEST, _STATE, _SESSION, _EVENTS), ("partials", "lse.zarr", "results.zarr", "arrays")
+_BEFORE_A_RUN = {"lock", _SESSION, _STATE, "results.zarr", "arrays"}
+_MOST_JSON_BYTES, _MOST_ARRAY_BYTES = 1 << 20, 1 << 30
 _SILENT_S = 60.0  # after which a process on another machine counts as gone, for who watches
 _LOCK_NAMED_S = 1.0  # how long after taking the lock a process may take to say who it is
 _log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class RunDirectory:
         """Read the manifest. Raises InputError where there is none, or no good one: without it nothing is resumed."""
         path = self.path / _MANIFEST
         try:
-            return Manifest.from_json(_content(path))
+            return Manifest.from_json(_content(path), self._array)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EINVAL):
                 raise InputError(f"{error}: it is a link, or no file; expected a run's own file") from error
@@ -78,6 +79,14 @@ class RunDirectory:
                 f"{path}: unreadable ({error}); nothing can be resumed without it: put a copy of it back, or remove "
                 "the output and start anew with --fresh"
             ) from error
+
+    def _array(self, name: str) -> bytes:
+        """Return the file of an array. Raises ValueError where it is not there."""
+        path = self.path / "arrays" / f"{name}.npy"
+        try:
+            return _content(path, _MOST_ARRAY_BYTES)
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
 
     def state(self, problem: Problem) -> State:
         """Read what the last session left for the next; where that is missing or damaged, warn: nothing is known."""
@@ -99,6 +108,9 @@ class RunDirectory:
             (group / name).unlink(missing_ok=True)
             (group / name).symlink_to(os.path.relpath(place, group))
         replace_file(group / "zarr.json", [json.dumps({"zarr_format": 3, "node_type": "group"}).encode()])
+        for name, content in manifest.arrays.items():
+            make_directory(self.path / "arrays")
+            replace_file(self.path / "arrays" / f"{name}.npy", [content])
         self.write_state(state)
         replace_file(self.path / _MANIFEST, [manifest.to_json()])
 
@@ -113,6 +125,8 @@ class RunDirectory:
     def sweep(self) -> None:
         """Remove what killed processes were writing here; the store of partials and the output sweep themselves."""
         sweep(self.path)
+        if (self.path / "arrays").is_dir():
+            sweep(self.path / "arrays")
         if not (self.path / "results.zarr").is_symlink():
             sweep(self.path / "results.zarr")
 
@@ -218,15 +232,15 @@ class RunDirectory:
 
 
 @retrying
-def _content(path: Path) -> bytes:
+def _content(path: Path, most: int = _MOST_JSON_BYTES) -> bytes:
     """Return what a file holds. Raises OSError, and ValueError where it is longer than any of a run's own may be."""
     try:
         with io.BufferedReader(open_regular(path)) as file:
-            found = file.read(_MOST_JSON_BYTES + 1)
+            found = file.read(most + 1)
     except OSError as error:
         raise OSError(error.errno, f"reading failed: {error.strerror}", str(path)) from error
-    if len(found) > _MOST_JSON_BYTES:
-        raise ValueError(f"over {_MOST_JSON_BYTES} bytes")
+    if len(found) > most:
+        raise ValueError(f"over {most} bytes")
     return found
 
 

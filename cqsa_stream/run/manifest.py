@@ -1,14 +1,18 @@
 """What a run is, as JSON that carries its own checksum; whatever a file claims is checked before it is believed."""
 
 import hashlib
+import io
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
+
+import numpy as np
 
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis, Grid
@@ -18,8 +22,9 @@ from cqsa_stream.storage.readers.locations import is_url
 
 __all__ = ["Manifest", "beside", "sealed", "unsealed"]
 
-_FORMAT = 4
-_ID = re.compile("[0-9a-f]{32}")
+_FORMAT = 5
+_MOST_LISTED = 256  # numbers of an array that stand in the manifest itself
+_ID, _SHA256 = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
 _INPUTS = {"query", "key", "value"}
 _ABOUT_INPUT = {"source", "beside", "fingerprint"}
 
@@ -47,6 +52,13 @@ class Manifest:
     def grid(self) -> Grid:
         return Grid(self.rows, self.columns, self.problem.visible, self.problem.same_positions)
 
+    @cached_property
+    def arrays(self) -> dict[str, bytes]:
+        """The longer arrays of the mask, as .npy files, each by its SHA-256: the manifest names them by it."""
+        found: dict[str, bytes] = {}
+        self.problem.to_dict(lambda array: _kept(array, found))
+        return found
+
     @property
     def run_hash(self) -> bytes:
         """The hash of problem, grid and id, which every stored partial carries."""
@@ -58,14 +70,18 @@ class Manifest:
 
     def _fields(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**fields, "problem": self.problem.to_dict(), "rows": asdict(self.rows), "columns": asdict(self.columns)}
+        problem = self.problem.to_dict(lambda array: _kept(array, {}))
+        return {**fields, "problem": problem, "rows": asdict(self.rows), "columns": asdict(self.columns)}
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Manifest":
-        """Raises ValueError where this is not what ``to_json`` wrote, or says what no run can be."""
+    def from_json(cls, data: bytes, load: Callable[[str], bytes] | None = None) -> "Manifest":
+        """``load`` returns the file of an array by its SHA-256.
+
+        Raises ValueError where this is not what ``to_json`` wrote, or says what no run can be.
+        """
         fields = unsealed(_FORMAT, data)
         try:
-            problem = Problem.from_dict(fields["problem"])
+            problem = Problem.from_dict(fields["problem"], load and (lambda name: _loaded(name, load)))
             axes = {name: Axis(**fields[name]) for name in ("rows", "columns")}
             found = cls(**{**fields, "problem": problem, **axes})
             found._refuse_the_impossible()
@@ -98,6 +114,28 @@ class Manifest:
         for about in self.inputs.values():
             if not all(type(word) is str and b"\0" not in os.fsencode(word) for word in about.values()):
                 raise ValueError(f"an input {about}")
+
+
+def _kept(array: np.ndarray, files: dict[str, bytes]) -> Any:
+    """Return what stands for an array in a manifest: its numbers or, where they are many, the SHA-256 of its file."""
+    if array.size <= _MOST_LISTED:
+        return array.tolist()
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    name = hashlib.sha256(file.getvalue()).hexdigest()
+    files[name] = file.getvalue()
+    return name
+
+
+def _loaded(name: str, load: Callable[[str], bytes]) -> np.ndarray:
+    """Return the array of a file. Raises ValueError where it is not what was written."""
+    if not _SHA256.fullmatch(name):
+        raise ValueError(f"an array named {name[:80]!r}; expected a SHA-256")
+    content = load(name)
+    if hashlib.sha256(content).hexdigest() != name:
+        raise ValueError(f"{name}.npy: it fails its checksum")
+    array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    return array
 
 
 def beside(source: str, run_directory: Path) -> str:

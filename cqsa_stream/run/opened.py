@@ -26,7 +26,7 @@ from cqsa_stream.run.status import status
 from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.storage.open import open_array
 from cqsa_stream.storage.output import open_output
-from cqsa_stream.verify import Verification, verify_rows
+from cqsa_stream.verification.verify import Verification, verify_rows
 
 __all__ = ["Run", "open_run"]
 

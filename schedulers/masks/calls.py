@@ -2,17 +2,23 @@
 
 Kernels take full rectangles, and triangles on squares: causal ones, whose row i sees columns 0 to i, and reversed ones,
 whose row i sees columns i and later. A band between two diagonals is cut into these, or, for kernels that take it, into
-stacks of low tiles with both edges. (Kernels align the corners of a
-tile that is not square, some the top left, some the bottom right: in a square all agree.)
+tiles with both edges. (Kernels align the corners of a tile that is not square, some the top left, some the bottom
+right: in a square all agree.) Bands that share no row go into one call: equal ones that follow one another as a stack
+of tiles, small ones packed.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from cqsa_stream.schedulers.masks.bands import Band, Mask
+import numpy as np
 
-__all__ = ["Call", "Tile", "calls"]
+from cqsa_stream.schedulers.masks.arrays import LEAST, MOST, Bands64, band_at, bands64
+from cqsa_stream.schedulers.masks.band import Band
+from cqsa_stream.schedulers.masks.bands import Mask
+from cqsa_stream.schedulers.masks.packing import Packed, packed
+
+__all__ = ["Call", "Packed", "Tile", "calls"]
 
 _NARROW = 4  # leaves: bands up to so wide are cut into stacks of low tiles, wider ones into large triangles
 _LOWEST = 32  # rows of a tile with two edges: lower ones cost as much
@@ -23,7 +29,9 @@ class Tile:
     """The largest kernel call, in tokens.
 
     ``leaf`` is the longest side of a causal triangle, ``edge`` the most rows of a tile with a lower edge. ``bands``: a
-    tile may have both edges; else a lower edge is a reversed triangle.
+    tile may have both edges; else a lower edge is a reversed triangle. ``skips``: a call takes no time for what its
+    rows do not see; where it has edges, it has no more rows than columns. ``small``: bands of fewer rows and columns
+    are packed, up to ``pack`` rows in one call.
     """
 
     rows: int
@@ -31,6 +39,9 @@ class Tile:
     leaf: int
     edge: int
     bands: bool = False
+    skips: bool = False
+    small: int = 0
+    pack: int = 4_096
 
 
 @dataclass(frozen=True)
@@ -63,13 +74,74 @@ class Call:
         return range(self.columns.start, self.columns.stop + (self.tiles - 1) * self.height)
 
 
-def calls(mask: Mask, rows: range, columns: range, tile: Tile) -> Iterator[Call]:
+def calls(mask: Mask, rows: range, columns: range, tile: Tile) -> Iterator[Call | Packed]:
     """Cut the scores of the rows against the columns into calls that compute every visible score exactly once."""
-    for band in mask.cut(rows, columns):
-        for start in range(band.r0, band.r1, tile.rows):
-            block = band.cut(range(start, min(start + tile.rows, band.r1)), band.columns)
-            if block is not None:
-                yield from _block(block, tile)
+    few = mask.few(rows, columns)
+    if few is None or len(few) > 1:
+        yield from _together(mask.cut(rows, columns) if few is None else bands64(few), tile)
+    else:
+        for band in few:
+            yield from _band(band, tile)
+
+
+def _together(bands: Bands64, tile: Tile) -> Iterator[Call | Packed]:
+    """Put bands that share no row together, as far as kernels allow; the others go one by one."""
+    height, width = bands[1] - bands[0], bands[3] - bands[2]
+    first, counts = _stacks(bands)
+    alone = np.ones(len(height), bool)
+    for index, count in zip(first.tolist(), counts.tolist(), strict=True):
+        band = band_at(bands, index)
+        if _is_a_tile(band, tile) and count * len(band.rows) >= tile.small:
+            alone[index : index + count] = False
+            yield from _stacked(band, count, tile)
+    small = alone & (height < tile.small) & (width < tile.small)
+    if tile.skips:
+        small &= ((bands[4] == LEAST) & (bands[5] == MOST)) | (height <= width)
+    if np.count_nonzero(small) > 1:
+        yield from packed(bands[:, small], min(tile.pack, tile.rows), alike=tile.skips)
+        alone &= ~small
+    for index in np.flatnonzero(alone):
+        yield from _band(band_at(bands, int(index)), tile)
+
+
+def _stacks(bands: Bands64) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first of each two or more equal bands that follow one another along the diagonal, and how many."""
+    r0, r1, c0, c1, lo, hi = bands
+    like = np.stack([r1 - r0, c1 - c0, c0 - r0, np.where(lo == LEAST, 0, lo), np.where(hi == MOST, 0, hi)])
+    like = np.concatenate([like, lo[None] == LEAST, hi[None] == MOST])
+    goes_on = (like[:, 1:] == like[:, :-1]).all(0) & (r0[1:] == r1[:-1])
+    edges = np.diff(np.concatenate([[False], goes_on, [False]]).astype(np.int8))
+    first, last = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    return first, last - first + 1
+
+
+def _is_a_tile(band: Band, tile: Tile) -> bool:
+    """Return whether a kernel takes a whole band as a tile."""
+    height, width = len(band.rows), len(band.columns)
+    most = tile.rows if band.full else tile.edge if band.lo is not None else tile.leaf
+    triangle = height == width and (band.left, band.right) in ((None, 0), (0, None))
+    return height <= most and width <= tile.columns and (band.full or triangle or tile.bands)
+
+
+def _stacked(band: Band, count: int, tile: Tile) -> Iterator[Call]:
+    height = len(band.rows)
+    together = max(1, tile.rows // height)
+    for done in range(0, count, together):
+        tiles, start = min(together, count - done), band.r0 + done * height
+        columns = range(band.c0 + done * height, band.c1 + done * height)
+        yield Call(range(start, start + tiles * height), columns, band.left, band.right, tiles)
+
+
+def _band(band: Band, tile: Tile) -> Iterator[Call]:
+    for start in range(band.r0, band.r1, tile.rows):
+        block = band.cut(range(start, min(start + tile.rows, band.r1)), band.columns)
+        if block is None:
+            continue
+        height, width = len(block.rows), len(block.columns)
+        if tile.skips and tile.bands and block.lo is not None and height <= width <= 2 * tile.columns:
+            yield Call(block.rows, block.columns, block.left, block.right)
+        else:
+            yield from _block(block, tile)
 
 
 def _block(band: Band, tile: Tile) -> Iterator[Call]:

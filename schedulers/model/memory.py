@@ -32,7 +32,6 @@ PAGE_BYTES = 4096
 _LINE_BYTES = 64  # of a processor's cache
 _SEGMENT = 2 << 20
 _MOST = 1 << 48
-_WHOLE_DIMS = 8  # the kernels of devices take head dims of whole multiples
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,21 @@ class Workload:
     resident_output_bytes: int
     calls_at_a_time: int = 1
     score_bytes: int = 0
+    score_rows: int = 0
     score_columns: int = 0
+    whole_dims: int = 0
+    packing_bytes: int = 0
     workspace_bytes: int = 0
     merged_at_once: bool = False
     lower_edges: bool = False
     column_bytes: int = 0
     partial_itemsize: int = 4
     kept_bytes: int = 0
+
+    @property
+    def scores(self) -> int:
+        """The visible scores of one head."""
+        return self.flops // (2 * (self.head_dim + self.value_dim) * self.group * self.lanes)
 
 
 @dataclass(frozen=True)
@@ -117,8 +124,9 @@ class Layout:
         """Raises ValueError, KeyError or TypeError where these are not the fields of a layout."""
         numbers = {**fields, **fields["tile"]}
         del numbers["tile"]
-        least = {name: 0 for name in ("cache_slots", "parked_rows", "leaving_rows", "bands")}
-        numbers["bands"] = int(numbers["bands"])
+        flags = ("bands", "skips")
+        least = {name: 0 for name in ("cache_slots", "parked_rows", "leaving_rows", "small", *flags)}
+        numbers |= {name: int(numbers[name]) for name in flags}
         if not all(type(n) is int and least.get(name, 1) <= n < _MOST for name, n in numbers.items()):
             raise ValueError(f"{fields}; expected whole numbers")
         return cls(**{**fields, "tile": Tile(**fields["tile"])})
@@ -187,7 +195,7 @@ def footprint(
     count = rows.chunk_tokens
     block = in_lines(layout.block_tokens * (work.head_dim + work.value_dim) * work.compute_itemsize)
     narrow = work.compute_itemsize != work.stored_itemsize
-    tile = _tile(work, min(count, layout.tile.rows), layout, own_memory=habits.own_memory)
+    tile = _tile(work, min(count, layout.tile.rows), layout)
     on_device = {
         "queries": layout.query_places * in_lines(work.group * count * work.head_dim * work.compute_itemsize),
         "partials": layout.resident_rows * partial_bytes(work, count)
@@ -226,7 +234,7 @@ def _disk(work: Workload, rows: Axis, columns: Axis, stored_partials: int) -> di
     }
 
 
-def _tile(work: Workload, rows: int, layout: Layout, *, own_memory: bool) -> list[int]:
+def _tile(work: Workload, rows: int, layout: Layout) -> list[int]:
     """What one kernel call and its merge hold: out, lse and float64 weights, zero-padded operands, scores."""
     width = max(work.head_dim, work.value_dim)
     heads_rows = work.group * rows
@@ -241,14 +249,13 @@ def _tile(work: Workload, rows: int, layout: Layout, *, own_memory: bool) -> lis
             heads_rows * work.head_dim * work.compute_itemsize,
             heads_rows * work.partial_itemsize * work.value_dim,
         ]
-    if work.head_dim != work.value_dim or (own_memory and width % _WHOLE_DIMS):
-        parts.append((heads_rows + 2 * layout.tile.columns) * (width + 8) * work.compute_itemsize)
-    if work.lower_edges and layout.tile.bands:  # what is added to the scores
+    if work.whole_dims and (work.head_dim != work.value_dim or width % work.whole_dims):
+        parts.append((heads_rows + 2 * layout.tile.columns) * (width + work.whole_dims) * work.compute_itemsize)
+    if work.lower_edges and layout.tile.bands and not layout.tile.skips:  # what is added to the scores
         parts += [layout.tile.edge * layout.tile.columns * work.compute_itemsize]
-    elif work.lower_edges:  # reversed copies of what goes in, and of what comes out
-        parts += [2 * heads_rows * max(work.compute_itemsize, work.partial_itemsize) * (work.head_dim + work.value_dim)]
     columns = max(layout.tile.columns, layout.tile.leaf)
-    return [*parts, heads_rows * min(columns, work.score_columns) * work.score_bytes]
+    score_rows = work.group * min(rows, work.score_rows)
+    return [*parts, work.packing_bytes, score_rows * min(columns, work.score_columns) * work.score_bytes]
 
 
 def segments(sizes: list[int]) -> int:

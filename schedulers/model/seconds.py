@@ -8,7 +8,7 @@ everything.
 from dataclasses import dataclass
 
 from cqsa_stream.schedulers.grid import Grid
-from cqsa_stream.schedulers.masks.calls import calls
+from cqsa_stream.schedulers.masks.calls import Call, Packed, Tile, calls
 from cqsa_stream.schedulers.model.memory import FILE_HEADER_BYTES, Layout, Workload, partial_file_bytes
 from cqsa_stream.schedulers.model.rates import Rates, Speeds, TileTimes
 from cqsa_stream.schedulers.model.traffic import Traffic
@@ -59,7 +59,8 @@ def cost(
     reader = _reader_s(traffic, speeds) + touched_bytes / speeds.touch_bytes_per_s
     files, data = _finishing(work, grid, layout)
     finished, finish = grid.rows.filled * work.lanes, files * speeds.file_s + data / speeds.write_bytes_per_s
-    compute = kernel + traffic.blocks * speeds.block_s + _spilling_s(traffic, speeds)
+    handing = traffic.blocks * speeds.block_s
+    compute = _spilling_s(traffic, speeds) + (kernel + handing if layout.in_place else max(kernel, handing))
     compute += staging + reader if layout.in_place else 0.0  # threads of a kernel wait for the slowest of them
     compute += finished * files * speeds.file_lost_s
     warm_bytes = traffic.fetched_bytes - cold_bytes
@@ -170,8 +171,7 @@ def _seen_by_all(grid: Grid, rows: range, columns: range) -> range:
     """Return the longest range of column chunks, of these, all whose keys all these rows see by one band."""
     size = grid.columns.chunk_tokens
     found = range(columns.start, columns.start)
-    for band in grid.mask.cut(rows, grid.columns.all):
-        seen = band.seen_by_all if band.rows == rows else range(0)
+    for seen in grid.mask.seen_by_all(rows):
         whole = range(max(columns.start, -(-seen.start // size)), min(columns.stop, seen.stop // size))
         found = max(found, whole, key=len)
     return found
@@ -189,10 +189,19 @@ def _pair_s(
     kind = (len(rows), len(keys), grid.mask.scores(rows, keys))
     if kind not in known:
         known[kind] = sum(
-            tiles.call_s(work.group * call.height, len(call.columns), True, call.tiles)
-            if call.triangle
-            else tiles.tile_s(work.group * len(call.rows), len(call.columns))  # a stack is as fast as its rows in one
+            _call_s(call, work.group, layout.tile, tiles)
             for block in pieces(keys, layout.block_tokens)
             for call in calls(grid.mask, rows, block, layout.tile)
         )
     return known[kind]
+
+
+def _call_s(call: Call | Packed, group: int, tile: Tile, tiles: TileTimes) -> float:
+    """Seconds of a call; a stack is as fast as its rows in one."""
+    rows = group * len(call.rows)
+    if isinstance(call, Packed):
+        return tiles.tile_s(rows, call.width)
+    if call.triangle:
+        return tiles.call_s(group * call.height, len(call.columns), True, call.tiles)
+    between = (call.left or 0) + (call.right or 0)
+    return tiles.tile_s(rows, min(len(call.columns), between) if tile.skips and between else len(call.columns))

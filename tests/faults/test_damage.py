@@ -115,7 +115,7 @@ def test_each_region_of_a_partial(
 
 def spoil_manifest(folder: Path) -> None:
     file = folder / "out.run/run.json"
-    flip(file, file.read_bytes().index(b'"name": "causal"') + 11)
+    flip(file, file.read_bytes().index(b'"kind": "window"') + 9)
 
 
 def spoil_state(folder: Path) -> None:

@@ -4,7 +4,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 from cqsa_stream.errors import CqsaError
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis
-from cqsa_stream.schedulers.masks.bands import Mask
+from cqsa_stream.schedulers.masks.kinds import described
+from cqsa_stream.scores import Terms
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.open import TokenArray
+from cqsa_stream.verification.definitions import scored, seen, with_sinks
 
 __all__ = ["Verification", "verify_rows"]
 
@@ -71,7 +73,8 @@ class _Reference:
         unseen, never = torch.full_like(none, -torch.inf), torch.full_like(zeros, -torch.inf)
         return cls(zeros, zeros.clone(), none, unseen, none.clone(), never)
 
-    def add(self, scores: Tensor, values: Tensor) -> None:
+    def add(self, scores: Tensor, values: Tensor, sizes: Tensor) -> None:
+        """``sizes``: the scores without what depends on distances, which is exact at any of them."""
         highest = torch.maximum(self.highest, scores.amax(1))
         shift = highest.masked_fill(highest.isneginf(), 0.0)
         kept = torch.exp(self.highest - shift)
@@ -82,17 +85,20 @@ class _Reference:
         self.size = self.size * kept[:, None] + weights @ plain.abs()
         self.total = self.total * kept + weights.sum(1)
         self.highest = highest
-        self.largest = torch.maximum(self.largest, scores.abs().masked_fill(scores.isinf(), 0.0).amax(1))
+        self.largest = torch.maximum(self.largest, sizes.abs().masked_fill(sizes.isinf(), 0.0).amax(1))
         for feature in (~finite).any(0).nonzero()[:, 0]:
             met = scores[:, ~finite[:, feature]].amax(1)
             self.not_finite[:, feature] = torch.maximum(self.not_finite[:, feature], met)
 
-    def finished(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (out, lse, cancellation, where a value of too little weight for float32 leaves any number right)."""
+    def finished(self, terms: Terms, heads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (out, lse, cancellation, where a value of too little weight for float32 leaves any number right), with
+        the sinks of these heads.
+        """
         seen = self.total != 0
         out = torch.where(seen[:, None], self.out / self.total[:, None], 0.0)
         size = torch.where(seen[:, None], self.size / self.total[:, None], 0.0)
-        lse = torch.where(seen, self.highest + self.total.log(), -torch.inf)
+        lse, kept = with_sinks(torch.where(seen, self.highest + self.total.log(), -torch.inf), terms, heads)
+        out, size = out * kept[:, None], size * kept[:, None]
         share = torch.exp(self.not_finite - lse[:, None]).nan_to_num(0.0)
         out = out.masked_fill(share > _SMALL_WEIGHT, torch.nan)
         cancellation = size.norm(dim=1) / out.nan_to_num(0.0, 0.0, 0.0).norm(dim=1).clamp_min(1e-300)
@@ -119,8 +125,9 @@ def verify_rows(
     errors, bounds, lse_errors, lse_scale, not_finite_rows = [], [], [0.0], 1.0, 0
     for lane, chosen in _sample(problem, finished, axis, rows, seed).items():
         reference = _reference(problem, arrays, lane, chosen)
-        expected, expected_lse, cancellation, any_number = reference.finished()
         batch, heads, _ = problem.lane_heads(lane)
+        of_rows = torch.tensor([heads[head] for head, _ in chosen])
+        expected, expected_lse, cancellation, any_number = reference.finished(problem.terms, of_rows)
         for index, (head, row) in enumerate(chosen):
             try:
                 found = _read(out, batch, heads[head], range(row, row + 1))[0]
@@ -207,31 +214,19 @@ def _reference(problem: Problem, arrays: dict[str, TokenArray], lane: int, chose
         [_read(arrays["query"], batch, heads[h], range(row + first, row + first + 1)) for h, row in chosen]
     )
     positions = torch.tensor([problem.q_start + first + row for _, row in chosen])[:, None]
+    of_rows, parts = torch.tensor([heads[h] for h, _ in chosen]), described(problem.rule)
     reference = _Reference.empty(len(chosen), problem.value_dim)
     for start in range(0, problem.keys, _BLOCK_TOKENS):
         tokens = range(start, min(start + _BLOCK_TOKENS, problem.keys))
-        seen = _seen(problem.mask, positions, torch.arange(tokens.start, tokens.stop))
-        if seen.any():
+        j = torch.arange(tokens.start, tokens.stop)
+        sees = seen(parts, positions, j)
+        if sees.any():
             keys, values = (_read(arrays[name], batch, kv_head, tokens) for name in ("key", "value"))
-            scores = (queries * problem.scale) @ keys.T
-            reference.add(scores.masked_fill_(~seen, -torch.inf), values)
+            products = ((queries * problem.scale) @ keys.T).masked_fill(~sees, -torch.inf)
+            scores = scored(products, problem.terms, of_rows, positions, j).masked_fill(~sees, -torch.inf)
+            plain = scored(products, replace(problem.terms, alibi_slopes=None), of_rows, positions, j)
+            reference.add(scores, values, plain)
     return reference
-
-
-def _seen(mask: Mask, queries: Tensor, keys: Tensor) -> Tensor:
-    """Return which keys ``[k]`` queries ``[q, 1]`` see, both given by position: by the definition of bands."""
-    found = torch.zeros(len(queries), len(keys), dtype=torch.bool)
-    lowest, highest, first, last = (int(n) for n in (queries.min(), queries.max(), keys[0], keys[-1]))
-    for r0, r1, c0, c1, lo, hi in mask:
-        if r1 <= lowest or r0 > highest or c1 <= first or c0 > last:
-            continue
-        seen = (queries >= r0) & (queries < r1) & (keys >= c0) & (keys < c1)
-        if lo is not None:
-            seen &= keys - queries >= lo
-        if hi is not None:
-            seen &= keys - queries <= hi
-        found |= seen
-    return found
 
 
 def _read(array: TokenArray, batch: int, head: int, tokens: range) -> Tensor:
