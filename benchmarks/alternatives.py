@@ -9,8 +9,10 @@ to it. ``share`` is the part of the sequence that a task holds: memory is propor
 from dataclasses import replace
 from itertools import pairwise, takewhile
 
-from cqsa_stream.schedulers.masks.bands import mask_of
-from cqsa_stream.schedulers.model.memory import Tile, Workload
+from cqsa_stream.machine.habits import CUDA
+from cqsa_stream.schedulers.masks.calls import Tile
+from cqsa_stream.schedulers.masks.window import CAUSAL
+from cqsa_stream.schedulers.model.memory import Workload
 from cqsa_stream.schedulers.model.rates import Rates, Speeds, TileTimes
 from cqsa_stream.schedulers.model.traffic import Stored
 from cqsa_stream.schedulers.quorums import quorum_size, singer_numbers
@@ -75,26 +77,28 @@ def lanes_together() -> None:
     print("\nLanes together: 1,048,576 tokens, 8 heads x 64, float16, causal, rectangular, on a GPU")
     print(f"{'budget MiB':>10} {'apart: read GiB':>16} {'s':>7} {'together: read GiB':>19} {'s':>7}")
     tokens = 1 << 20
-    mask = mask_of(True, tokens, 0)
+    mask = CAUSAL.over(range(tokens), tokens)
     rates = Rates(TileTimes.nominal(4e14, 128, 1e-4), GPU)
     for budget in (256, 512, 1_024, 4_096):
         machine = Machine(
-            device="cuda", device_allowed_bytes=budget * MIB, host_allowed_bytes=256 * MIB,
+            kernel="torch-cuda", operator="cudnn", habits=CUDA,
+            device_allowed_bytes=budget * MIB, host_allowed_bytes=256 * MIB,
             host_reserved_bytes=0, rates=rates, measured=rates,
-            tile=Tile(65_536, 65_536, 65_536), block_tokens=65_536, column_tokens=131_072, step_flops=1e15,
+            tile=Tile(65_536, 65_536, 65_536, 65_536), step_flops=1e15,
         )  # fmt: skip
         apart = Workload(
             lanes=8, group=1, head_dim=64, value_dim=64, stored_itemsize=2, compute_itemsize=2, out_itemsize=2,
+            row_bytes=264, left_bytes=132,
             flops=8 * 256 * mask.scores(range(tokens), range(tokens)), staging_bytes=0, durable=True,
             resident_output_bytes=0,
         )  # fmt: skip
         stored = Stored(tokens, 1, 1, 128)
-        together = replace(apart, lanes=1, head_dim=8 * 64, value_dim=8 * 64)
+        together = replace(apart, lanes=1, head_dim=8 * 64, value_dim=8 * 64, row_bytes=8 * 264, left_bytes=8 * 132)
         wide = replace(stored, row_bytes=8 * 128)
         fast = replace(rates, tiles=rates.tiles.scaled(8.0))  # the same work in an eighth of the calls
         found = []
         for work, array, speed in ((apart, stored, rates), (together, wide, fast)):
-            request = Request(work, tokens, tokens, 0, True, mask, (array, array, array), 1e12, "rectangular")
+            request = Request(work, tokens, tokens, True, mask, (array, array, array), 1e12, "rectangular")
             found.append(make_plan(request, replace(machine, rates=speed, measured=speed)))
         cells = [f"{plan.cost.bytes_read / 2**30:.1f}" if plan.fits else "no plan" for plan in found]
         times = [f"{plan.cost.seconds:.1f}" if plan.fits else "" for plan in found]

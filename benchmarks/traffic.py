@@ -17,8 +17,10 @@ from typing import Any
 
 import cqsa_stream as cqsa
 from cqsa_stream.generate import generate
-from cqsa_stream.schedulers.masks.bands import mask_of
-from cqsa_stream.schedulers.model.memory import Tile, Workload
+from cqsa_stream.machine.habits import CUDA
+from cqsa_stream.schedulers.masks.calls import Tile
+from cqsa_stream.schedulers.masks.window import CAUSAL, FULL
+from cqsa_stream.schedulers.model.memory import Workload
 from cqsa_stream.schedulers.model.rates import Rates, Speeds, TileTimes
 from cqsa_stream.schedulers.model.traffic import Stored
 from cqsa_stream.schedulers.plan import Plan
@@ -75,18 +77,20 @@ def planned(lengths: tuple[int, ...], budgets: tuple[int, ...]) -> list[Point]:
     found = []
     rates = Rates(TileTimes.nominal(4e14, 128, 1e-4), GPU)
     for tokens, causal, budget, schedule in product(lengths, (True, False), budgets, SCHEDULES):
-        mask, stored = mask_of(causal, tokens, 0), Stored(tokens, 1, 1, 128)
+        mask, stored = (CAUSAL if causal else FULL).over(range(tokens), tokens), Stored(tokens, 1, 1, 128)
         work = Workload(
             lanes=8, group=1, head_dim=64, value_dim=64, stored_itemsize=2, compute_itemsize=2, out_itemsize=2,
+            row_bytes=264, left_bytes=132,
             flops=8 * 256 * mask.scores(range(tokens), range(tokens)), staging_bytes=0, durable=True,
             resident_output_bytes=0,
         )  # fmt: skip
         machine = Machine(
-            device="cuda", device_allowed_bytes=budget * MIB, host_allowed_bytes=2 * budget * MIB,
+            kernel="torch-cuda", operator="cudnn", habits=CUDA,
+            device_allowed_bytes=budget * MIB, host_allowed_bytes=2 * budget * MIB,
             host_reserved_bytes=0, rates=rates, measured=rates,
-            tile=Tile(65_536, 65_536, 65_536), block_tokens=65_536, column_tokens=131_072, step_flops=1e15,
+            tile=Tile(65_536, 65_536, 65_536, 65_536), step_flops=1e15,
         )  # fmt: skip
-        request = Request(work, tokens, tokens, 0, True, mask, (stored, stored, stored), _NEVER_S, schedule)
+        request = Request(work, tokens, tokens, True, mask, (stored, stored, stored), _NEVER_S, schedule)
         plan = make_plan(request, machine)
         if plan.fits:
             moved = plan.cost.bytes_read + plan.cost.bytes_written

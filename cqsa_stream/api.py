@@ -71,7 +71,8 @@ def attention(
     ``is_causal`` aligns by position: query row i stands at ``q_start + i`` and sees the keys up to its own position.
     ``window=w``: of these the last w, its own among them, with ``is_causal`` or without. ``mask``: one of
     ``cqsa_stream.masks``, joined with ``&``, or the path of a JSON file of one. ``attn_mask``: booleans
-    [query_tokens, keys], True where a query sees a key, the same for all heads. A query sees what all of these show it.
+    [query_tokens, keys], True where a query sees a key, the same for all batches and heads. A query sees what all of
+    these show it.
     ``soft_cap``: scores s become ``soft_cap * tanh(s / soft_cap)``. ``alibi_slopes``: one for each query head;
     ``slope * |distance|`` is taken from scores. ``sinks``: one for each query head, the score of a key without a value
     that joins each row's softmax, and its lse.
@@ -86,7 +87,7 @@ def attention(
 
     ``device_memory``, ``host_memory``: bytes or "4GiB"; None takes 80 % of what is free, or what the run's last session
     had. ``schedule``: "auto", "cqs" or "rectangular". ``chunks``: c, a Singer number where queries and keys are the
-    same positions. ``kernel``: "auto", or "cupy": on CUDA products in float32 and a softmax of its own, to compare.
+    same positions. ``kernel``: "auto", or to compare one of our own in float32: "online", on CUDA also "cupy".
     ``observers`` are called with each event (``cqsa_stream.events``); one that raises is told no more.
 
     Raises InputError, BudgetError, LockedError, MismatchError, ArrayError, FullDiskError or NoMemoryError; RunStopped

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from cqsa_stream.errors import InputError
-from cqsa_stream.schedulers.masks import blocks, chunked, dense, documents, listed, prefix, strip, window
+from cqsa_stream.schedulers.masks import blocks, chunked, dense, documents, listed, prefix
+from cqsa_stream.schedulers.masks import strip as strips
+from cqsa_stream.schedulers.masks import window as windows
 from cqsa_stream.schedulers.masks.kinds import rule_of
 from cqsa_stream.schedulers.masks.rule import Rule
 
@@ -52,14 +54,14 @@ def Prefix(length: int) -> Rule:
     return _checked(prefix.Prefix, length)
 
 
-def Window(left: int | None, right: int | None) -> Rule:
+def Window(left: int | None = None, right: int | None = None) -> Rule:
     """Return the mask in which ``i - left <= j <= i + right``; None is unbounded. Raises InputError."""
-    return _checked(window.Window, left, right)
+    return _checked(windows.Window, left, right)
 
 
-def Strip(strip_: int, window_: int) -> Rule:
+def Strip(strip: int, window: int) -> Rule:
     """Return the mask in which ``j <= i``, and ``j < strip or j > i - window`` (StreamingLLM). Raises InputError."""
-    return _checked(strip.Strip, strip_, window_)
+    return _checked(strips.Strip, strip, window)
 
 
 def Blocks(bitmap: Any, size: int) -> Rule:

@@ -216,8 +216,8 @@ __global__ void fold(float* out, double* lse, const typename Number::stored* til
     if (isinf(added) && added < 0) return;                       // the tile saw no key of this row
     double high = before < added ? added : before, low = before < added ? before : added;   // not fmax: it hides NaN
     double total = high + (high == low ? log(2.0) : log1p(exp(low - high)));
-    bool first = isinf(before) && before < 0;
-    float weight = (float)exp(added - total), kept = first ? 0.0f : (float)exp(before - total);
+    bool first = isinf(before) && before < 0 && isfinite(added);
+    float weight = (float)exp(added - total), kept = isinf(before) && before < 0 ? 0.0f : (float)exp(before - total);
     __syncwarp();
     if (lane == 0) *held = total;
     float* mine = out + head * out_head + row * out_row;

@@ -5,7 +5,9 @@ tiles are as exact as near ones. The bits do not depend on how many threads comp
 size is fixed.
 """
 
-from math import e, log2
+from collections.abc import Sequence
+from itertools import product
+from math import e, log2, prod
 
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ from cqsa_stream.schedulers.masks.calls import Tile
 
 __all__ = ["OnlineKernel"]
 
-_ROWS, _KEYS = 512, 1_024  # of scores at a time: they stay in a processor's cache
+_ROWS, _KEYS = 1_024, 1_024  # of scores at a time: they stay in a processor's cache
+_OF_A_HEAD = 512  # rows: more would compute more of what a triangle hides
 _BITS = log2(e)
 _MOST_EXPONENT = 40.0  # of exp(2 x), beyond which tanh(x) is 1
 
@@ -47,7 +50,7 @@ class OnlineKernel:
     ) -> Attended:
         rows, columns = q.shape[1], k.shape[1]
         seen = Seen(*ranges(rows, columns, left, right, q.device), torch.tensor([ahead], device=q.device))
-        return self._attend(q, k, v, seen, scores, edges=(left, right))
+        return self._attend(q, k, v, seen, scores, whole=left is right is None)
 
     def attend_packed(self, q: Queries, k: Keys, v: Values, bands: Bands64, scores: Scores, ahead: int = 0) -> Attended:
         def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Attended:
@@ -57,37 +60,44 @@ class OnlineKernel:
 
     def attend_seen(self, q: Queries, k: Keys, v: Values, seen: Seen, scores: Scores) -> Attended:
         """Return (out, lse) of tiles, which come as so many times the heads; each row sees a range."""
-        return self._attend(q, k, v, seen, scores.of_tiles(len(seen.ahead)), edges=(0, 0))
+        return self._attend(q, k, v, seen, scores.of_tiles(len(seen.ahead)), whole=False)
 
-    def _attend(
-        self, q: Queries, k: Keys, v: Values, seen: Seen, scores: Scores, *, edges: tuple[int | None, int | None]
-    ) -> Attended:
-        """``edges``: (None, None) where all rows see all columns; else what each sees is looked at."""
+    def _attend(self, q: Queries, k: Keys, v: Values, seen: Seen, scores: Scores, *, whole: bool) -> Attended:
+        """``whole``: all rows see all columns."""
         (heads, rows, _), (kv_heads, columns, _) = q.shape, k.shape
-        out, total = q.new_zeros(heads, rows, v.shape[2]), q.new_zeros(heads, rows)
-        highest = q.new_full((heads, rows), -torch.inf)
+        group, together = heads // kv_heads, kv_heads // len(seen.ahead)
         nearest = _own(seen, rows).clamp(seen.first, seen.stop - 1)
-        for first_row in range(0, rows, self._rows):
-            part = slice(first_row, min(first_row + self._rows, rows))
-            query = q[:, part].reshape(kv_heads, -1, q.shape[2])
-            first, stop = seen.first[:, part], seen.stop[:, part]
-            begin, end = (0, columns) if edges == (None, None) else _extent(first, stop)
+        first, stop, near = (x.repeat_interleave(together, 0) for x in (seen.first, seen.stop, nearest))
+        slopes = None if scores.slopes is None else scores.slopes.to(q.dtype).view(kv_heads, group)
+        grouped = q.reshape(kv_heads, group, rows, q.shape[2])
+        out, total = q.new_zeros(*grouped.shape[:3], v.shape[2]), q.new_zeros(grouped.shape[:3])
+        highest = torch.full_like(total, -torch.inf)
+        at_a_time = min(rows, self._rows, _OF_A_HEAD if self._rows == _ROWS else rows)
+        some_heads = min(kv_heads, max(1, self._rows // (group * at_a_time)))
+        numbers = some_heads * group * at_a_time * min(columns, _KEYS)
+        room = q.new_empty(1 if scores.soft_cap is None else 2, numbers)  # the same memory again stays in the cache
+        for head, row in product(range(0, kv_heads, some_heads), range(0, rows, at_a_time)):
+            of, part = slice(head, head + some_heads), slice(row, row + at_a_time)
+            query, sums = grouped[of, :, part], [x[of, :, part] for x in (out, total, highest)]
+            begin, end = (0, columns) if whole else _extent(first[of, part], stop[of, part])
             for start in range(begin // _KEYS * _KEYS, end, _KEYS):
-                columns_ = torch.arange(start, min(start + _KEYS, columns), device=q.device)
-                block = slice(start, start + len(columns_))
-                some = query @ k[:, block].transpose(1, 2)
-                _score(
-                    some.view(kv_heads, -1, part.stop - part.start, len(columns_)), scores, nearest[:, part], columns_
-                )
-                by_tile = some.view(len(first), -1, part.stop - part.start, len(columns_))
-                if edges != (None, None):
-                    by_tile.masked_fill_(hidden_by(first, stop, columns_).unsqueeze(1), -torch.inf)
-                _sum_up((out[:, part], total[:, part], highest[:, part]), some, v[:, block])
+                place = torch.arange(start, min(start + _KEYS, columns), device=q.device)
+                key, value = (x[of, start : start + len(place)] for x in (k, v))
+                shape = *query.shape[:3], len(place)
+                some, *spare = (it[: prod(shape)].view(shape) for it in room)
+                torch.matmul(query.flatten(1, 2), key.transpose(1, 2), out=some.view(len(key), -1, len(place)))
+                _cap(some, spare, scores)
+                if slopes is not None:
+                    _slope(some, slopes[of], near[of, part], place)
+                if not whole:
+                    some.masked_fill_(hidden_by(first[of, part], stop[of, part], place).unsqueeze(1), -torch.inf)
+                _sum_up(sums, some, value)
+        out, total, highest = (x.flatten(0, 1) for x in (out, total, highest))
         blind = total == 0
         out.div_(total.masked_fill(blind, 1.0).unsqueeze(2))
         lse = highest.double() + total.double().log()
         if scores.slopes is not None:
-            distance = (_own(seen, rows) - nearest).abs().repeat_interleave(heads // len(seen.ahead), 0)
+            distance = (_own(seen, rows) - nearest).abs().repeat_interleave(together * group, 0)
             lse -= scores.slopes.double().unsqueeze(1) * distance
         lse.masked_fill_(blind, -torch.inf)
         mend(out, lse, ~out.sum(2).isfinite(), q, k, v, seen, scores)
@@ -105,33 +115,30 @@ def _extent(first: Tensor, stop: Tensor) -> tuple[int, int]:
     return (int(first[sees].min()), int(stop[sees].max())) if sees.any() else (0, 0)
 
 
-def _score(some: Tensor, scores: Scores, nearest: Tensor, columns: Tensor) -> None:
-    """Make scores of products ``[kv_heads, group, q, k]``, in place.
-
-    ``nearest [tiles, q]``: the column of the tile from which a row's distances are counted.
-    """
+def _cap(some: Tensor, spare: Sequence[Tensor], scores: Scores) -> None:
+    """Make scores of products, in place; ``spare``: as much memory, for a soft cap."""
     if scores.soft_cap is None:
         some.mul_(scores.scale)
     else:  # tanh(x) by exp(2 x) - 1: as exact, and twice as fast
         some.mul_(2 * scores.scale / scores.soft_cap).clamp_(max=_MOST_EXPONENT).expm1_()
-        some.div_(some + 2.0).mul_(scores.soft_cap)
-    if scores.slopes is not None:
-        if bool((nearest == nearest[:, :1]).all()):
-            nearest = nearest[:, :1]  # all rows are on one side of the tile
-        distance = (nearest.to(some.dtype).unsqueeze(2) - columns.to(some.dtype)).abs()
-        slopes = -scores.slopes.to(some.dtype)
-        tiles = some.view(len(nearest), -1, *some.shape[2:])
-        tiles.addcmul_(distance.unsqueeze(1), slopes.view(len(nearest), -1, 1, 1))
+        some.div_(torch.add(some, 2.0, out=spare[0])).mul_(scores.soft_cap)
 
 
-def _sum_up(sums: tuple[Tensor, Tensor, Tensor], some: Tensor, values: Tensor) -> None:
-    """Add a block of scores ``[kv_heads, group q, k]`` and its values to the sums of their rows, in place."""
+def _slope(some: Tensor, slopes: Tensor, nearest: Tensor, columns: Tensor) -> None:
+    """Take from scores ``[kv_heads, group, q, k]`` what grows with the distance from ``nearest [kv_heads, q]``."""
+    if bool((nearest == nearest[:, :1]).all()):
+        nearest = nearest[:, :1]  # all rows are on one side of the tile
+    distance = (nearest.to(some.dtype).unsqueeze(2) - columns.to(some.dtype)).abs()
+    some.addcmul_(distance.unsqueeze(1), -slopes[:, :, None, None])
+
+
+def _sum_up(sums: Sequence[Tensor], some: Tensor, values: Tensor) -> None:
+    """Add a block of scores ``[kv_heads, group, q, k]`` and its values to the sums of their rows, in place."""
     out, total, highest = sums
-    scores = some.view(*total.shape, -1)
-    top = torch.maximum(highest, scores.amax(2))
+    top = torch.maximum(highest, some.amax(3))
     shift = top.masked_fill(top.isneginf(), 0.0)  # -inf - -inf where no key is seen
-    scores.sub_(shift.unsqueeze(2)).mul_(_BITS).exp2_()  # as exact as exp, and faster
+    some.sub_(shift.unsqueeze(3)).mul_(_BITS).exp2_()  # as exact as exp, and faster
     keep = torch.exp(highest - shift)
-    total.mul_(keep).add_(scores.sum(2))
-    out.mul_(keep.unsqueeze(2)).add_((some @ values).view(out.shape))
+    total.mul_(keep).add_(some.sum(3))
+    out.mul_(keep.unsqueeze(3)).add_((some.flatten(1, 2) @ values).view(out.shape))
     highest.copy_(top)

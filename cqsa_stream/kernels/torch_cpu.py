@@ -26,7 +26,7 @@ class TorchCpuKernel:
 
     abilities = Abilities(
         dtypes=(torch.float32, torch.float64),
-        tile=Tile(16_384, 16_384, 1_024, 128, bands=True, small=512),
+        tile=Tile(16_384, 16_384, 1_024, 192, bands=True, small=512),
         whole_dims=1,
         packing_bytes=PACKING_BYTES,
         packing_numbers=PACKING_NUMBERS,
@@ -41,11 +41,12 @@ class TorchCpuKernel:
         causal = (left, right) == (None, 0) and rows == columns
         added = None if causal else _added(rows, columns, left, right, q.dtype)
         out, lse = self._operator(q, k, v, added, scores.scale, causal=causal)
-        if _far(lse):
+        fine, good = _looked_at(out, lse)
+        if not fine:
             return self._exact.attend(q, k, v, left, right, scores, ahead)
-        if (odd := _odd(out, lse)).any():
+        if not good:
             seen = *ranges(rows, columns, left, right, q.device), torch.tensor([ahead])
-            mend(out, lse, odd, q, k, v, seen, scores)
+            mend(out, lse, _odd(out, lse), q, k, v, seen, scores)
         return out, lse
 
     def attend_packed(self, q: Queries, k: Keys, v: Values, bands: Bands64, scores: Scores, ahead: int = 0) -> Attended:
@@ -54,7 +55,7 @@ class TorchCpuKernel:
             added = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
             query, key, value = (x.view(len(added), -1, *x.shape[1:]) for x in (q, k, v))
             found = self._operator(query, key, value, added[:, None], scores.scale, causal=False)
-            if _far(found[1]):
+            if not _looked_at(*found)[0]:
                 return self._exact.attend_seen(q, k, v, seen, scores)
             blind = (seen.first >= seen.stop).repeat_interleave(len(q) // len(added), 0)
             out = found[0].flatten(0, 1).masked_fill(blind.unsqueeze(2), 0.0)
@@ -81,7 +82,7 @@ class TorchCpuKernel:
         return (out, lse) if batched else (out[0], lse[0])
 
 
-@lru_cache(1)
+@lru_cache(4)  # at the ends of a row chunk others come in between
 def _added(rows: int, columns: int, left: int | None, right: int | None, dtype: torch.dtype) -> Tensor | None:
     """Return what is added to the scores: -inf where a row does not see a column. None where all see all."""
     if left is None and right is None:
@@ -90,9 +91,14 @@ def _added(rows: int, columns: int, left: int | None, right: int | None, dtype: 
     return torch.zeros(1, 1, rows, columns, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
-def _far(lse: Tensor) -> bool:
-    """Return whether float32 rounds a log-sum-exp by more than it may: tiles are weighed by it when they merge."""
-    return lse.dtype == torch.float32 and bool((lse.abs() > _MOST_LSE).logical_and(lse.isfinite()).any())
+def _looked_at(out: Tensor, lse: Tensor) -> tuple[bool, bool]:
+    """Return whether float32 is fine enough for each log-sum-exp, by which tiles are weighed when they merge; and
+    whether no row can be wrong. Both at a glance: they are as a rule.
+    """
+    low, high = (float(end) for end in lse.aminmax())
+    fine = lse.dtype != torch.float32 or -_MOST_LSE <= low <= high <= _MOST_LSE
+    fine = fine or not bool(((lse.abs() > _MOST_LSE) & lse.isfinite()).any())
+    return fine, not low <= 0.0 <= high and bool(out.sum().isfinite())
 
 
 def _odd(out: Tensor, lse: Tensor) -> Tensor:

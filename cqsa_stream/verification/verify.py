@@ -225,7 +225,7 @@ def _reference(problem: Problem, arrays: dict[str, TokenArray], lane: int, chose
             products = ((queries * problem.scale) @ keys.T).masked_fill(~sees, -torch.inf)
             scores = scored(products, problem.terms, of_rows, positions, j).masked_fill(~sees, -torch.inf)
             plain = scored(products, replace(problem.terms, alibi_slopes=None), of_rows, positions, j)
-            reference.add(scores, values, plain)
+            reference.add(scores, values, plain.masked_fill(~sees, -torch.inf))
     return reference
 
 

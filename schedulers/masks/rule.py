@@ -6,7 +6,7 @@ numbers, None, or arrays of whole numbers.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -61,7 +61,8 @@ class Rule(ABC):
     def named(cls, parameters: Mapping[str, Any]) -> "Rule":
         """Return the rule of parameters by name. Raises ValueError where they are not its own."""
         wanted = {field.name for field in fields(cls)}
-        if set(parameters) != wanted:
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not needed <= set(parameters) <= wanted:
             raise ValueError(f"mask {cls.kind!r} with {sorted(parameters)}; expected {sorted(wanted)}")
         return cls(**parameters)
 
