@@ -82,7 +82,13 @@ def _cheapest(plans: list[Plan]) -> Plan:
     """Return, of the plans that are as fast as any, the one that moves the fewest bytes."""
     fastest = min(plan.cost.seconds for plan in plans)
     equal = [plan for plan in plans if plan.cost.seconds <= _TIE * fastest]
-    return min(equal, key=lambda p: (p.cost.bytes_read + p.cost.bytes_written, p.cost.seconds))
+
+    def moved_then_compute(plan: Plan) -> tuple[float, ...]:  # a device of its own waits for whoever hands it blocks
+        cost = plan.cost
+        compute = () if plan.layout.in_place else (cost.compute_s,)
+        return cost.bytes_read + cost.bytes_written, *compute, cost.seconds
+
+    return min(equal, key=moved_then_compute)
 
 
 class _Search:

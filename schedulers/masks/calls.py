@@ -135,13 +135,22 @@ def _stacked(band: Band, count: int, tile: Tile) -> Iterator[Call]:
 def _band(band: Band, tile: Tile) -> Iterator[Call]:
     for start in range(band.r0, band.r1, tile.rows):
         block = band.cut(range(start, min(start + tile.rows, band.r1)), band.columns)
-        if block is None:
-            continue
-        height, width = len(block.rows), len(block.columns)
-        if tile.skips and tile.bands and block.lo is not None and height <= width <= 2 * tile.columns:
-            yield Call(block.rows, block.columns, block.left, block.right)
-        else:
-            yield from _block(block, tile)
+        if block is not None:
+            yield from _with_edges(block, tile) if tile.skips and block.lo is not None else _block(block, tile)
+
+
+def _with_edges(band: Band, tile: Tile) -> Iterator[Call]:
+    """Cut into tiles with edges of no more rows than columns: below the last key's own row is a reversed triangle."""
+    width = len(band.columns)
+    if width > 2 * tile.columns or not tile.bands:
+        yield from _block(band, tile)
+    elif len(band.rows) <= width:
+        yield Call(band.rows, band.columns, band.left, band.right)
+    else:
+        for rows in (range(band.r0, band.r0 + width), range(band.r0 + width, band.r1)):
+            part = band.cut(rows, band.columns)
+            if part is not None:
+                yield from _with_edges(part, tile) if part.lo is not None else _block(part, tile)
 
 
 def _block(band: Band, tile: Tile) -> Iterator[Call]:
