@@ -19,6 +19,7 @@ from cqsa_stream.schedulers.tasks import Schedule
 __all__ = ["MOST_CHUNKS", "make_plan", "plan_again"]
 
 _TIE = 1.02  # seconds that differ by less are equal: the model is no better than that
+_FEW_BYTES = 1.25  # more bytes, in the same seconds, for fewer blocks
 _WEIGHED = 3  # numbers of chunks that fit, the fewest first
 
 Kind = type[Schedule]
@@ -79,16 +80,19 @@ def _held(footprint: Footprint) -> int:
 
 
 def _cheapest(plans: list[Plan]) -> Plan:
-    """Return, of the plans that are as fast as any, the one that moves the fewest bytes."""
+    """Return, of the plans that are as fast as any, the one that moves the fewest bytes; for a device with memory of
+    its own, which waits for whoever hands it blocks, the one that computes the soonest of those that move few.
+    """
     fastest = min(plan.cost.seconds for plan in plans)
     equal = [plan for plan in plans if plan.cost.seconds <= _TIE * fastest]
+    if equal[0].layout.in_place:
+        return min(equal, key=lambda p: (_moved(p), p.cost.seconds))
+    few = _FEW_BYTES * min(map(_moved, equal))
+    return min((plan for plan in equal if _moved(plan) <= few), key=lambda p: (p.cost.compute_s, _moved(p)))
 
-    def moved_then_compute(plan: Plan) -> tuple[float, ...]:  # a device of its own waits for whoever hands it blocks
-        cost = plan.cost
-        compute = () if plan.layout.in_place else (cost.compute_s,)
-        return cost.bytes_read + cost.bytes_written, *compute, cost.seconds
 
-    return min(equal, key=moved_then_compute)
+def _moved(plan: Plan) -> int:
+    return plan.cost.bytes_read + plan.cost.bytes_written
 
 
 class _Search:
