@@ -91,17 +91,17 @@ class Command:
         if target is not None:
             look(target, arrays)
         refuse_misfits(arrays["query"], arrays["key"], arrays["value"])
-        heads, queries = arrays["query"].shape[1:3]
+        heads = arrays["query"].shape[1]
         problem = Problem.of(
             arrays["query"],
             arrays["key"],
             arrays["value"],
             scale=words["scale"],
-            rule=_rule(words, queries, arrays["key"].shape[2]),
+            rule=_rule(words, (*arrays["query"].shape[:3], arrays["key"].shape[2])),
             q_start=words["q_start"],
             queries=parse_queries(words["queries"]),
             out_dtype=words["out_dtype"],
-            terms=Terms.of(heads, *(_numbers(words.get(name)) for name in ("soft_cap", "alibi_slopes", "sinks"))),
+            terms=Terms.of(heads, words.get("soft_cap"), *(_numbers(words.get(n)) for n in ("alibi_slopes", "sinks"))),
         )
         if problem.group > 1 and not words.get("enable_gqa", True):
             raise InputError(
@@ -110,7 +110,7 @@ class Command:
         return cls(arrays, problem, options, target)
 
 
-def _rule(words: Mapping[str, Any], queries: int, keys: int) -> Rule:
+def _rule(words: Mapping[str, Any], shape: tuple[int, ...]) -> Rule:
     """Return what all that is named of a mask lets through together. Raises InputError."""
     given, window = words.get("mask"), parse_window(words["window"])
     if isinstance(given, str | os.PathLike):
@@ -125,13 +125,13 @@ def _rule(words: Mapping[str, Any], queries: int, keys: int) -> Rule:
             parts.append(kind(words[name]))
     if words.get("attn_mask") is not None:
         start = parse_number("q_start", words["q_start"])
-        parts.append(from_dense(words["attn_mask"], start, queries, keys))
+        parts.append(from_dense(words["attn_mask"], start, shape))
     return Joined.of(*parts)
 
 
 def _numbers(values: Any) -> Any:
     """Return what may be numbers; of a path, those of its file."""
-    return numbers(values) if isinstance(values, str | os.PathLike) else values
+    return numbers(values)
 
 
 def parse_number(name: str, value: Any) -> int:

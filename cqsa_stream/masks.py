@@ -32,7 +32,7 @@ Arguments = ParamSpec("Arguments")
 def _checked(kind: Callable[Arguments, Rule], *args: Arguments.args, **options: Arguments.kwargs) -> Rule:
     try:
         return kind(*args, **options)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, TypeError) as error:
         raise InputError(f"mask: {error}") from error
 
 
@@ -76,27 +76,29 @@ def Bands(bands: Any) -> Rule:
     return _checked(listed.Bands, numbers(bands))
 
 
-def from_dense(seen: Any, first: int, queries: int, keys: int) -> Rule:
+def from_dense(seen: Any, first: int, shape: tuple[int, ...]) -> Rule:
     """Return the mask of a boolean tensor that is the same for all heads, as SDPA's ``attn_mask``: True is seen.
 
-    It broadcasts to [batch, heads, queries, keys]; its first row stands at position ``first``. Raises InputError.
+    It broadcasts to the shape [batch, heads, queries, keys]; its first row stands at position ``first``.
+    Raises InputError.
     """
-    found = torch.as_tensor(seen) if isinstance(seen, torch.Tensor | np.ndarray) else None
-    if found is None or found.dtype != torch.bool:
-        kind = type(seen).__name__ if found is None else str(found.dtype).removeprefix("torch.")
+    known = isinstance(seen, torch.Tensor | np.ndarray) and str(seen.dtype) in ("bool", "torch.bool")
+    if not known or (isinstance(seen, torch.Tensor) and (seen.is_sparse or seen.is_meta)):
+        kind = str(getattr(seen, "dtype", type(seen).__name__)).removeprefix("torch.")
         raise InputError(
             f"attn_mask: found {kind}; expected booleans, True where a query sees a key. What is added to scores: "
             "-inf by a mask (mask=cqsa.masks...), ALiBi by alibi_slopes, a cap by soft_cap"
         )
+    found = torch.as_tensor(seen)
     found = found.reshape(*(1,) * max(0, 2 - found.dim()), *found.shape)
-    if found.dim() > 4 or any(n not in (1, m) for n, m in zip(found.shape[-2:], (queries, keys), strict=True)):
-        raise InputError(f"attn_mask: shape {tuple(found.shape)}; expected [..., {queries}, {keys}], or 1 for either")
+    if found.dim() > 4 or any(n not in (1, m) for n, m in zip(found.shape[::-1], shape[::-1], strict=False)):
+        raise InputError(f"attn_mask: shape {tuple(found.shape)}; expected {list(shape)}, or 1 for any of these")
     flat = found.reshape(-1, *found.shape[-2:])
     if not all(torch.equal(flat[0], other) for other in flat[1:]):
         raise InputError(
             "attn_mask: it differs between batches or heads; expected the same for all: call once for each of them"
         )
-    matrix = flat[0].expand(queries, keys).cpu().numpy()
+    matrix = flat[0].expand(shape[2:]).cpu().numpy()
     return _checked(dense.Dense.of, matrix, first)
 
 
@@ -124,7 +126,14 @@ def numbers(values: Any) -> Any:
     """Return what may be numbers as an array or a list: of a tensor, of a .npy or .json file."""
     if isinstance(values, str | os.PathLike):
         return _read(Path(values))
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    if not isinstance(values, torch.Tensor):
+        return values
+    try:
+        return np.asarray(values.detach().cpu().tolist())
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"a tensor {values.dtype}, {values.layout}, on {values.device}: {error}; expected numbers"
+        ) from error
 
 
 def _read(path: Path) -> Any:
@@ -135,6 +144,6 @@ def _read(path: Path) -> Any:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
         return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: {reason}; expected a .npy file or JSON") from error
+        raise InputError(f"{str(path)!r}: {reason}; expected a .npy file or JSON") from error

@@ -1,6 +1,7 @@
 """What is done to scores besides scaling: named and versioned, as a run's manifest holds it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
@@ -13,6 +14,7 @@ TERMS = {"soft_cap": "soft_cap", "alibi_slopes": "alibi"}
 """The terms that kernels compute, by the names of their parameters; sinks join when a row is complete."""
 
 _VERSION = 1
+_MOST = 3e38  # of what a kernel computes in float32
 
 
 def is_number(value: object) -> bool:
@@ -44,8 +46,8 @@ class Terms:
     @classmethod
     def of(cls, heads: int, soft_cap: Any = None, alibi_slopes: Any = None, sinks: Any = None) -> "Terms":
         """Raises InputError where a value cannot be, for so many query heads."""
-        if soft_cap is not None and not (is_finite(soft_cap) and soft_cap > 0):
-            raise InputError(f"soft_cap {soft_cap!r}; expected a finite number above 0")
+        if soft_cap is not None and not (is_finite(soft_cap) and 0 < soft_cap <= _MOST):
+            raise InputError(f"soft_cap {str(soft_cap)[:40]}; expected a finite number above 0, at most {_MOST:g}")
         slopes = _one_a_head("alibi_slopes", alibi_slopes, heads)
         if slopes is not None and min(slopes) < 0:
             raise InputError(f"alibi_slopes {min(slopes)}; expected at least 0: scores fall with the distance")
@@ -65,9 +67,12 @@ class Terms:
     def from_list(cls, heads: int, terms: Any) -> "Terms":
         """Raises ValueError, KeyError or TypeError where this is not what ``to_list`` returned."""
         named = {term["term"]: term["value"] for term in terms}
-        if any(term["version"] != _VERSION for term in terms) or not set(named) <= {
-            field.name for field in fields(cls)
-        }:
+        other = len(named) != len(terms) or type(terms) is not list
+        if (
+            other
+            or any(type(t["version"]) is not int or t["version"] != _VERSION for t in terms)
+            or not set(named) <= {field.name for field in fields(cls)}
+        ):
             raise ValueError(f"score terms {terms!r}; expected version {_VERSION} of {[f.name for f in fields(cls)]}")
         return cls.of(heads, **named)
 
@@ -83,7 +88,11 @@ def _one_a_head(name: str, values: Any, heads: int) -> tuple[float, ...] | None:
     try:
         found = values.tolist() if hasattr(values, "tolist") else list(values)
     except TypeError:
-        found = None
-    if not isinstance(found, list) or len(found) != heads or not all(map(is_finite, found)):
-        raise InputError(f"{name}: found {str(values)[:60]}; expected {heads} finite numbers, one for each query head")
+        found = []
+    numbers = isinstance(found, list) and not isinstance(values, Mapping) and all(map(is_finite, found))
+    if not numbers or len(found) != heads or max(map(abs, found)) > _MOST:
+        raise InputError(
+            f"{name}: found {str(values)[:60]}; expected {heads} finite numbers, one for each query head, of at most "
+            f"{_MOST:g}"
+        )
     return tuple(map(float, found))

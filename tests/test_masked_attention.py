@@ -17,6 +17,7 @@ import cqsa_stream as cqsa
 from cqsa_stream.masks import Bands, Blocks, Chunked, Documents, Prefix, Rule, Strip, Window
 from cqsa_stream.schedulers.grid import Axis
 from cqsa_stream.schedulers.masks.calls import Packed, Tile, calls
+from cqsa_stream.schedulers.masks.kinds import rule_of
 from cqsa_stream.storage.open import open_array
 from cqsa_stream.storage.output import create_array, write
 from cqsa_stream.storage.readers.memory import MemoryArray
@@ -223,10 +224,10 @@ def test_masks_that_cannot_be_are_refused(tmp_path: Path) -> None:
     q = torch.zeros(1, 2, 4, 8)
     for words, expected in (
         ({"attn_mask": torch.zeros(4, 4)}, "expected booleans.*alibi_slopes"),
-        ({"attn_mask": torch.ones(4, 5) > 0}, r"shape \(4, 5\); expected \[\.\.\., 4, 4\]"),
+        ({"attn_mask": torch.ones(4, 5) > 0}, r"shape \(4, 5\); expected \[1, 2, 4, 4\]"),
         ({"attn_mask": torch.rand(2, 4, 4) > 0.5}, "differs between batches or heads"),
         ({"attn_mask": [[True]]}, "found list"),
-        ({"mask": "nowhere.json"}, r"nowhere.json: No such file"),
+        ({"mask": "nowhere.json"}, r"nowhere.json.*: No such file"),
         ({"mask": 7}, "found a int; expected one of cqsa.masks"),
         ({"soft_cap": 0}, "soft_cap 0; expected a finite number above 0"),
         ({"soft_cap": math.inf}, "soft_cap inf"),
@@ -234,6 +235,13 @@ def test_masks_that_cannot_be_are_refused(tmp_path: Path) -> None:
         ({"alibi_slopes": [1.0, -1.0]}, "at least 0"),
         ({"sinks": [1.0, math.nan]}, "sinks: found"),
         ({"sinks": 3}, "sinks: found 3"),
+        ({"sinks": {0: 1.0, 1: 2.0}}, "sinks: found"),
+        ({"soft_cap": 1e39}, "at most 3e\\+38"),
+        ({"alibi_slopes": [1e39, 0.0]}, "at most 3e\\+38"),
+        ({"attn_mask": torch.ones(7, 4, 4) > 0}, r"shape \(7, 4, 4\); expected \[1, 2, 4, 4\]"),
+        ({"attn_mask": torch.ones(0, 4, 4) > 0}, r"shape \(0, 4, 4\)"),
+        ({"attn_mask": np.array(["a"])}, "expected booleans"),
+        ({"attn_mask": (torch.ones(4, 4) > 0).to_sparse()}, "expected booleans"),
     ):
         with pytest.raises(cqsa.InputError, match=expected):
             cqsa.attention(q, q, q, device="cpu", **words)
@@ -242,7 +250,7 @@ def test_masks_that_cannot_be_are_refused(tmp_path: Path) -> None:
         (lambda: Documents([3]), "at least two"),
         (lambda: Documents([-1, 4]), "none negative"),
         (lambda: Documents([0.0, 4.0]), "expected whole numbers"),
-        (lambda: Documents("nowhere.npy"), "nowhere.npy: No such file"),
+        (lambda: Documents("nowhere.npy"), "nowhere.npy.*: No such file"),
         (lambda: Chunked(0), "chunk size 0; expected at least 1"),
         (lambda: Chunked(2.5), "chunk size 2.5; expected a whole number"),  # type: ignore[arg-type]
         (lambda: Window(-1, 0), "left -1; expected at least 0"),
@@ -254,6 +262,8 @@ def test_masks_that_cannot_be_are_refused(tmp_path: Path) -> None:
         (lambda: Bands([(0, 9, 0, 9, None, None), (3, 4, 3, 4, None, None)]), "overlap"),
         (lambda: Bands([(0, 2**63, 0, 1, None, None)]), "expected"),
         (lambda: Bands(3), "expected lists of six numbers"),
+        (lambda: Documents(torch.tensor([0.0, 4.0], dtype=torch.bfloat16)), "expected whole numbers"),
+        (lambda: Blocks(torch.ones(2, 2, device="meta"), 4), "a tensor of torch.float32 on meta"),
     ):
         with pytest.raises(cqsa.InputError, match=expected):
             make()  # type: ignore[no-untyped-call]
@@ -558,3 +568,26 @@ def test_long_masks_are_kept_beside_the_manifest_and_checked(cli: Cli, tmp_path:
     assert cli("run", *words).returncode == 0
     assert cli("run", *words).returncode == 0, "complete"
     assert cli("run", *words, "--fresh").returncode == 0
+
+
+def test_verify_believes_alibi_far_from_all_keys(tmp_path: Path) -> None:
+    """Distances are counted from the nearest key there, too: float64 has no digits for large ones and small ones."""
+    q, k, v = inputs("normal", torch.float64, 1, 1, 300, 8)
+    query, key, value = stored(tmp_path, {"q": q, "k": k, "v": v})
+    for start in (0, 1_000, 2**36):
+        out = tmp_path / f"out{start}"
+        cqsa.attention(query, key, value, out=out, device="cpu", q_start=start, alibi_slopes=[0.5])
+        found = cqsa.open_run(f"{out}.run").verify(rows=300)
+        assert found.ok
+        assert found.tolerance < 1e-11
+
+
+def test_runs_of_keys_that_end_far_away() -> None:
+    """Rows 0 and 9 alone see keys, however far their runs go."""
+    rule = rule_of([{"kind": "dense", "runs": [[0, 0, 2**61 - 2], [9, 0, 2**61 - 2]]}])
+    assert rule.over(range(300), 300).bands[:4].T.tolist() == [[0, 1, 0, 300], [9, 10, 0, 300]]
+    with pytest.raises(ValueError, match="runs"):
+        rule_of([{"kind": "dense", "runs": [[-(2**63), 0, 1]]}])
+    for runs in (5, None, [[1, 2]]):
+        with pytest.raises(ValueError, match="runs"):
+            rule_of([{"kind": "dense", "runs": runs}])

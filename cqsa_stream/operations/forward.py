@@ -33,10 +33,8 @@ class Forward:
     streams = STREAMS
 
     def __init__(self, problem: Problem, tile: Tile, kernel: Kernel, fold: Fold, device: Device) -> None:
-        scale, self._problem = (
-            problem.scale,
-            problem,
-        )  # kernels mask before they scale: only a positive scale keeps -inf
+        self._problem, scale = problem, problem.scale
+        # kernels mask before they scale: only a positive scale keeps -inf
         self.row_factor, scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
         self.compute_dtype = kernel.abilities.compute_dtype(getattr(torch, problem.dtype))
         self.sums = forward_sums(problem)

@@ -80,7 +80,7 @@ def refuse_differences(manifest: Manifest, directory: RunDirectory, command: Com
     """Raise MismatchError where a command asks for another problem, grid or place than the run began with."""
     problems = manifest.problem, command.problem
     differing = [
-        f"{field.name} {began} (now {now})"
+        f"{field.name} {began or 'none'} (now {now or 'none'}{', other places or numbers' * (str(began) == str(now))})"
         for field in fields(manifest.problem)
         if field.compare
         for began, now in [[getattr(problem, field.name) for problem in problems]]

@@ -134,7 +134,10 @@ def _loaded(name: str, load: Callable[[str], bytes]) -> np.ndarray:
     content = load(name)
     if hashlib.sha256(content).hexdigest() != name:
         raise ValueError(f"{name}.npy: it fails its checksum")
-    array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    try:
+        array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    except MemoryError as error:
+        raise ValueError(f"{name}.npy: {error}") from error
     return array
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cqsa_stream.scores import Terms
 
-__all__ = ["scored", "seen", "with_sinks"]
+__all__ = ["lowered", "scored", "seen", "with_sinks"]
 
 _LEAST, _MOST = -(2**63), 2**63 - 1
 
@@ -24,15 +24,30 @@ def seen(parts: list[dict[str, Any]], i: Tensor, j: Tensor) -> Tensor:
     return found
 
 
-def scored(products: Tensor, terms: Terms, heads: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Return the scores of scaled products ``[q, k]`` of queries of these heads."""
+def nearest(i: Tensor, keys: int) -> Tensor:
+    """Return the key, of so many, that is nearest to each query."""
+    return i.clamp(0, keys - 1)
+
+
+def scored(products: Tensor, terms: Terms, heads: Tensor, i: Tensor, j: Tensor, keys: int) -> Tensor:
+    """Return the scores of scaled products ``[q, k]`` of queries of these heads, distances counted from that of the
+    nearest of so many keys: far from all of them, float64 has no digits left for the differences.
+    """
     scores = products
     if terms.soft_cap is not None:
         scores = terms.soft_cap * torch.tanh(scores / terms.soft_cap)
     if terms.alibi_slopes is not None:
         slopes = torch.tensor(terms.alibi_slopes, dtype=torch.float64)[heads]
-        scores = scores - slopes[:, None] * (i - j).abs()
+        scores = scores - slopes[:, None] * ((i - j).abs() - (i - nearest(i, keys)).abs())
     return scores
+
+
+def lowered(lse: Tensor, terms: Terms, heads: Tensor, i: Tensor, keys: int) -> Tensor:
+    """Return the log-sum-exp of scores as they are, of that of scores from the nearest key on."""
+    if terms.alibi_slopes is None:
+        return lse
+    slopes = torch.tensor(terms.alibi_slopes, dtype=torch.float64)[heads]
+    return lse - slopes * (i - nearest(i, keys)).abs()[:, 0]
 
 
 def with_sinks(lse: Tensor, terms: Terms, heads: Tensor) -> tuple[Tensor, Tensor]:

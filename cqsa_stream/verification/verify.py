@@ -17,7 +17,7 @@ from cqsa_stream.schedulers.masks.kinds import described
 from cqsa_stream.scores import Terms
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.open import TokenArray
-from cqsa_stream.verification.definitions import scored, seen, with_sinks
+from cqsa_stream.verification.definitions import lowered, scored, seen, with_sinks
 
 __all__ = ["Verification", "verify_rows"]
 
@@ -90,16 +90,17 @@ class _Reference:
             met = scores[:, ~finite[:, feature]].amax(1)
             self.not_finite[:, feature] = torch.maximum(self.not_finite[:, feature], met)
 
-    def finished(self, terms: Terms, heads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def finished(self, terms: Terms, heads: Tensor, i: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (out, lse, cancellation, where a value of too little weight for float32 leaves any number right), with
         the sinks of these heads.
         """
         seen = self.total != 0
         out = torch.where(seen[:, None], self.out / self.total[:, None], 0.0)
         size = torch.where(seen[:, None], self.size / self.total[:, None], 0.0)
-        lse, kept = with_sinks(torch.where(seen, self.highest + self.total.log(), -torch.inf), terms, heads)
-        out, size = out * kept[:, None], size * kept[:, None]
+        lse = torch.where(seen, self.highest + self.total.log(), -torch.inf)
         share = torch.exp(self.not_finite - lse[:, None]).nan_to_num(0.0)
+        lse, kept = with_sinks(lowered(lse, terms, heads, i, keys), terms, heads)
+        out, size, share = out * kept[:, None], size * kept[:, None], share * kept[:, None]
         out = out.masked_fill(share > _SMALL_WEIGHT, torch.nan)
         cancellation = size.norm(dim=1) / out.nan_to_num(0.0, 0.0, 0.0).norm(dim=1).clamp_min(1e-300)
         return out, lse, torch.where(seen, cancellation, 1.0), (share > _LEAST_WEIGHT) & (share <= _SMALL_WEIGHT)
@@ -127,7 +128,9 @@ def verify_rows(
         reference = _reference(problem, arrays, lane, chosen)
         batch, heads, _ = problem.lane_heads(lane)
         of_rows = torch.tensor([heads[head] for head, _ in chosen])
-        expected, expected_lse, cancellation, any_number = reference.finished(problem.terms, of_rows)
+        expected, expected_lse, cancellation, any_number = reference.finished(
+            problem.terms, of_rows, _positions(problem, chosen), problem.keys
+        )
         for index, (head, row) in enumerate(chosen):
             try:
                 found = _read(out, batch, heads[head], range(row, row + 1))[0]
@@ -143,6 +146,8 @@ def verify_rows(
             rounded = 2 * _TILE_ROUNDOFF[problem.dtype] if rounded_tiles else 0.0
             steps = 2 * _ROUNDOFF[problem.out_dtype] + rounded + _subnormal(expected[index], problem)
             scores = 2 * _ROUNDOFF[problem.partial_dtype] * (8.0 + _finite(float(reference.largest[index])))
+            if problem.terms.alibi_slopes is not None:  # the reference rounds distances from the nearest key, too
+                scores += 4 * _ROUNDOFF["float64"] * problem.terms.alibi_slopes[heads[head]] * problem.keys
             bounds.append(steps + (scores + rounded) * _finite(float(cancellation[index])))
             wanted = float(expected_lse[index])
             if stored != wanted and not (math.isnan(stored) and math.isnan(wanted)):  # two -inf are equal
@@ -207,13 +212,18 @@ def _sample(
     return chosen
 
 
+def _positions(problem: Problem, chosen: list[tuple[int, int]]) -> Tensor:
+    """Return where rows stand, ``[q, 1]``."""
+    return torch.tensor([problem.q_start + problem.first_query + row for _, row in chosen])[:, None]
+
+
 def _reference(problem: Problem, arrays: dict[str, TokenArray], lane: int, chosen: list[tuple[int, int]]) -> _Reference:
     batch, heads, (kv_head, *_) = problem.lane_heads(lane)
     first = problem.first_query
     queries = torch.cat(
         [_read(arrays["query"], batch, heads[h], range(row + first, row + first + 1)) for h, row in chosen]
     )
-    positions = torch.tensor([problem.q_start + first + row for _, row in chosen])[:, None]
+    positions = _positions(problem, chosen)
     of_rows, parts = torch.tensor([heads[h] for h, _ in chosen]), described(problem.rule)
     reference = _Reference.empty(len(chosen), problem.value_dim)
     for start in range(0, problem.keys, _BLOCK_TOKENS):
@@ -223,8 +233,8 @@ def _reference(problem: Problem, arrays: dict[str, TokenArray], lane: int, chose
         if sees.any():
             keys, values = (_read(arrays[name], batch, kv_head, tokens) for name in ("key", "value"))
             products = ((queries * problem.scale) @ keys.T).masked_fill(~sees, -torch.inf)
-            scores = scored(products, problem.terms, of_rows, positions, j).masked_fill(~sees, -torch.inf)
-            plain = scored(products, replace(problem.terms, alibi_slopes=None), of_rows, positions, j)
+            scores = scored(products, problem.terms, of_rows, positions, j, problem.keys).masked_fill(~sees, -torch.inf)
+            plain = scored(products, replace(problem.terms, alibi_slopes=None), of_rows, positions, j, problem.keys)
             reference.add(scores, values, plain.masked_fill(~sees, -torch.inf))
     return reference
 

@@ -107,6 +107,8 @@ def _sum_of_least(first: Bands64, count: Bands64, most: Bands64) -> Bands64:
 
 def joined(a: Bands64, b: Bands64) -> Bands64:
     """Return what both lists of sorted bands show, as disjoint as they are."""
+    if _candidates(a, b)[1].sum() > _MOST_PAIRS:
+        raise ValueError(f"{a.shape[1]:,} and {b.shape[1]:,} bands, too many of which share rows to join them")
     parts = [_meeting(a, b, *pairs)[0] for pairs in _overlapping(a, b)]
     return sorted_bands(np.concatenate(parts, axis=1)) if parts else a[:, :0]
 

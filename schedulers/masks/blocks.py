@@ -27,6 +27,12 @@ class Blocks(Rule):
         if max(self.bitmap.shape) * self.size > 2**61:
             raise ValueError(f"blocks of {self.size}; expected positions of at most 2^61")
 
+    def merged(self, other: Rule) -> "Blocks | None":
+        if not isinstance(other, Blocks) or other.size != self.size:
+            return None
+        rows, columns = (min(ends) for ends in zip(self.bitmap.shape, other.bitmap.shape, strict=True))
+        return Blocks(self.bitmap[:rows, :columns] & other.bitmap[:rows, :columns], self.size)
+
     def over(self, rows: range, keys: int) -> Mask:
         first, stop = (min(max(0, n), len(self.bitmap)) for n in (rows.start // self.size, -(-rows.stop // self.size)))
         row, start, end = runs_of(self.bitmap[first:stop])

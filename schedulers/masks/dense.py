@@ -24,12 +24,12 @@ class Dense(Rule):
 
     def __post_init__(self) -> None:
         """Raises ValueError where these are no such runs, or become too many bands."""
-        found = array_of("runs", self.runs if len(self.runs) else np.empty((0, 3), np.int64), 2)
+        found = array_of("runs", np.empty((0, 3), np.int64) if np.size(self.runs) == 0 else self.runs, 2)
         if found.shape[1] != 3:
             raise ValueError(f"runs: found {found.shape[1]} numbers each; expected three: row, first key, end")
         row, start, end = found.T
         apart = (row[1:] > row[:-1]) | ((row[1:] == row[:-1]) & (start[1:] > end[:-1]))
-        if not apart.all() or np.any(start >= end) or np.any(start < 0) or np.any(np.abs(found) > 2**61):
+        if not apart.all() or np.any(start >= end) or np.any(start < 0) or np.any((found < -(2**61)) | (found > 2**61)):
             raise ValueError("runs: expected ascending rows, and in each of them runs that do not touch")
         bands = linked(row, start, end)
         if bands.shape[1] > _MOST_BANDS:
@@ -94,12 +94,16 @@ def linked(row: np.ndarray, start: np.ndarray, end: np.ndarray, *, diagonal: boo
 
 def _followers(row: np.ndarray, start: np.ndarray, end: np.ndarray, *, diagonal: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the run that follows each, -1 where none does, and how it moves: 2 its first column, plus 1 its end."""
-    width = int(end.max(initial=0)) + 2
-    place = (row - row.min(initial=0)) * width + start
-    follower, move = np.full(len(row), -1), np.zeros(len(row), int)
+    count, width = len(row), 2 * len(row) + 1
+    rows, columns = (
+        np.unique(np.concatenate([x, x + 1]), return_inverse=True)[1] for x in (row, start)
+    )  # small numbers
+    place = rows[:count] * width + columns[:count]
+    follower, move = np.full(count, -1), np.zeros(count, int)
     for step in (0, 1) if diagonal else (0,):
-        found = np.minimum(np.searchsorted(place, place + width + step), len(row) - 1)
+        wanted = rows[count:] * width + (columns[count:] if step else columns[:count])
+        found = np.minimum(np.searchsorted(place, wanted), count - 1)
         grown = end[found] - end
-        there = (place[found] == place + width + step) & ((grown == 0) | ((grown == 1) & diagonal))
+        there = (place[found] == wanted) & ((grown == 0) | ((grown == 1) & diagonal))
         follower[there], move[there] = found[there], 2 * step + grown[there]
     return follower, move

@@ -34,9 +34,9 @@ def rule_of(parts: Sequence[Mapping[str, Any]]) -> Rule:
         parameters = dict(part)
         kind = KINDS.get(str(parameters.pop("kind", None)))
         if kind is None:
-            raise ValueError(f"mask kind {part.get('kind')!r}; expected one of {', '.join(sorted(KINDS))}")
+            raise ValueError(f"kind {str(part.get('kind'))[:40]!r}; expected one of {', '.join(sorted(KINDS))}")
         version = parameters.pop("version", kind.version)
-        if version != kind.version:
-            raise ValueError(f"mask {kind.kind!r} of version {version!r}; expected {kind.version}")
+        if type(version) is not int or version != kind.version:
+            raise ValueError(f"{kind.kind} of version {version!r}; expected {kind.version}")
         rules.append(kind.named(parameters))
     return Joined.of(*rules)

@@ -10,6 +10,7 @@ from cqsa_stream.schedulers.masks.arrays import LEAST, MOST, Bands64, scores, sh
 
 __all__ = ["Packed", "packed"]
 
+_FAR = 8_192  # columns of a call from its first to its last
 _SPREAD = 128  # columns around its own that a kernel may compute for a row
 
 
@@ -54,7 +55,7 @@ def packed(bands: Bands64, most: int, *, alike: bool) -> Iterator[Packed]:
         for kind in _kinds(layer) if alike else (layer,):
             number = (kind[0] - kind[0, 0]) // most
             for part in np.split(kind, np.flatnonzero(np.diff(number)) + 1, axis=1):
-                yield Packed(part)
+                yield from [Packed(part)] if alike else _near(part)
 
 
 def _layers(bands: Bands64) -> Iterator[Bands64]:
@@ -70,6 +71,13 @@ def _layers(bands: Bands64) -> Iterator[Bands64]:
         heappush(free, (stop, number))
     for number in range(len(free)):
         yield bands[:, layer == number]
+
+
+def _near(bands: Bands64) -> Iterator[Packed]:
+    """Share bands out so that the columns of a call are not far apart: a kernel may gather all between them."""
+    segment = (bands[2] - bands[2].min()) // _FAR
+    for number in np.unique(segment) if bands[3].max() - bands[2].min() > _FAR else segment[:1]:
+        yield Packed(bands[:, segment == number])
 
 
 def _kinds(bands: Bands64) -> Iterator[Bands64]:

@@ -63,7 +63,7 @@ class Rule(ABC):
         wanted = {field.name for field in fields(cls)}
         needed = {field.name for field in fields(cls) if field.default is MISSING}
         if not needed <= set(parameters) <= wanted:
-            raise ValueError(f"mask {cls.kind!r} with {sorted(parameters)}; expected {sorted(wanted)}")
+            raise ValueError(f"{cls.kind} with {sorted(parameters)}; expected {sorted(wanted)}")
         return cls(**parameters)
 
 
@@ -104,9 +104,9 @@ def number_of(name: str, value: object, least: int = 1) -> int:
             raise TypeError
         number = int(value.__index__())  # type: ignore[attr-defined]
     except (TypeError, AttributeError):
-        raise ValueError(f"{name} {value!r}; expected a whole number") from None
+        raise ValueError(f"{name} {str(value)[:40]}; expected a whole number") from None
     if not least <= number <= _FARTHEST:
-        raise ValueError(f"{name} {number}; expected at least {least}, and at most 2^62")
+        raise ValueError(f"{name} {str(number)[:40]}; expected at least {least}, and at most 2^62")
     return number
 
 
