@@ -131,9 +131,7 @@ def numbers(values: Any) -> Any:
     try:
         return np.asarray(values.detach().cpu().tolist())
     except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"a tensor {values.dtype}, {values.layout}, on {values.device}: {error}; expected numbers"
-        ) from error
+        raise InputError(f"a tensor of {values.dtype} on {values.device}: {error}; expected numbers") from error
 
 
 def _read(path: Path) -> Any:
