@@ -20,7 +20,7 @@ from cqsa_stream.schedulers.masks.packing import Packed, packed
 
 __all__ = ["Call", "Packed", "Tile", "calls"]
 
-_NARROW = 2  # leaves: bands up to so wide are cut into stacks of low tiles, wider ones into large triangles
+_NARROW = 4  # leaves: bands up to so wide are cut into stacks of low tiles, wider ones into large triangles
 _LOWEST = 32  # rows of a tile with two edges: lower ones cost as much
 
 

@@ -252,7 +252,7 @@ def _tile(work: Workload, rows: int, layout: Layout) -> list[int]:
     if work.whole_dims and (work.head_dim != work.value_dim or width % work.whole_dims):
         parts.append((heads_rows + 2 * layout.tile.columns) * (width + work.whole_dims) * work.compute_itemsize)
     if work.lower_edges and layout.tile.bands and not layout.tile.skips:  # what is added to the scores, of four tiles
-        widest = min(layout.tile.columns, 3 * layout.tile.leaf)
+        widest = min(layout.tile.columns, 5 * layout.tile.leaf)
         parts += [4 * layout.tile.edge * widest * work.compute_itemsize]
     columns = max(layout.tile.columns, layout.tile.leaf)
     score_rows = work.group * min(rows, work.score_rows)
