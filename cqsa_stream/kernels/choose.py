@@ -15,6 +15,9 @@ import torch
 from cqsa_stream.errors import InputError
 from cqsa_stream.kernels.contract import Fold, Kernel, KernelChoice
 from cqsa_stream.kernels.fold import fold
+from cqsa_stream.kernels.online import OnlineKernel
+from cqsa_stream.kernels.torch_cpu import TorchCpuKernel
+from cqsa_stream.kernels.torch_cuda import TorchCudaKernel, operators
 
 __all__ = ["KERNELS", "Measured", "choices", "chosen", "fold_for", "kernel_of", "merges_at_once"]
 
@@ -44,8 +47,6 @@ def _all(device: torch.device, stored: torch.dtype) -> list[KernelChoice]:
     others = [KernelChoice("cupy", "cublas")] if _cupy() else []
     if stored == torch.float32:
         return [*others, own]
-    from cqsa_stream.kernels.torch_cuda import operators
-
     return [*(KernelChoice("torch-cuda", operator) for operator in operators(device, stored)), *others, own]
 
 
@@ -87,16 +88,10 @@ def kernel_of(choice: KernelChoice, device: torch.device, stored: torch.dtype) -
         kind = str(stored).removeprefix("torch.")
         raise InputError(f"kernel {choice.kernel} ({choice.operator}) cannot compute {kind} arrays on {device} here")
     if choice.kernel == "torch-cpu":
-        from cqsa_stream.kernels.torch_cpu import TorchCpuKernel
-
         return TorchCpuKernel()
     if choice.kernel == "torch-cuda":
-        from cqsa_stream.kernels.torch_cuda import TorchCudaKernel
-
         return TorchCudaKernel(choice.operator)
     if choice.kernel == "online":
-        from cqsa_stream.kernels.online import OnlineKernel
-
         return OnlineKernel(tall=device.type != "cpu")
     kernel: Kernel = import_module("cqsa_stream.kernels.cupy").CupyKernel()
     return kernel
