@@ -101,7 +101,7 @@ class Command:
             q_start=words["q_start"],
             queries=parse_queries(words["queries"]),
             out_dtype=words["out_dtype"],
-            terms=Terms.of(heads, words.get("soft_cap"), *(_numbers(words.get(n)) for n in ("alibi_slopes", "sinks"))),
+            terms=Terms.of(heads, words.get("soft_cap"), *(numbers(words.get(n)) for n in ("alibi_slopes", "sinks"))),
         )
         if problem.group > 1 and not words.get("enable_gqa", True):
             raise InputError(
@@ -127,11 +127,6 @@ def _rule(words: Mapping[str, Any], shape: tuple[int, ...]) -> Rule:
         start = parse_number("q_start", words["q_start"])
         parts.append(from_dense(words["attn_mask"], start, shape))
     return Joined.of(*parts)
-
-
-def _numbers(values: Any) -> Any:
-    """Return what may be numbers; of a path, those of its file."""
-    return numbers(values)
 
 
 def parse_number(name: str, value: Any) -> int:

@@ -29,12 +29,13 @@ _MOST_EXPONENT = 40.0  # of exp(2 x), beyond which tanh(x) is 1
 class OnlineKernel:
     """Tiles of float32, and of float64, on any device."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, *, tall: bool = False) -> None:
-        """``tall``: all rows of a call at a time, as a GPU likes it."""
-        self._rows = 1 << 48 if tall else _ROWS
+    def __init__(self, rows: int = _ROWS, *, tall: bool = False) -> None:
+        """``rows``: whose scores are held at a time; ``tall``: those of a whole call, as a GPU likes it."""
+        self._rows = 1 << 48 if tall else rows
+        self._of_a_head = self._rows if tall else min(rows, _OF_A_HEAD)
         edge = 1_024 if tall else 128
         self.abilities = Abilities(
-            dtypes=(dtype,) if tall else (torch.float32, torch.float64),
+            dtypes=(torch.float32,) if tall else (torch.float32, torch.float64),
             tile=Tile(8_192 if tall else 16_384, 16_384, 1_024, edge, bands=True, small=512),
             terms=frozenset({"soft_cap", "alibi"}),
             score_bytes=12,
@@ -72,7 +73,7 @@ class OnlineKernel:
         grouped = q.reshape(kv_heads, group, rows, q.shape[2])
         out, total = q.new_zeros(*grouped.shape[:3], v.shape[2]), q.new_zeros(grouped.shape[:3])
         highest = torch.full_like(total, -torch.inf)
-        at_a_time = min(rows, self._rows, _OF_A_HEAD if self._rows == _ROWS else rows)
+        at_a_time = min(rows, self._of_a_head)
         some_heads = min(kv_heads, max(1, self._rows // (group * at_a_time)))
         numbers = some_heads * group * at_a_time * min(columns, _KEYS)
         room = q.new_empty(1 if scores.soft_cap is None else 2, numbers)  # the same memory again stays in the cache
@@ -83,10 +84,7 @@ class OnlineKernel:
             for start in range(begin // _KEYS * _KEYS, end, _KEYS):
                 place = torch.arange(start, min(start + _KEYS, columns), device=q.device)
                 key, value = (x[of, start : start + len(place)] for x in (k, v))
-                shape = *query.shape[:3], len(place)
-                some, *spare = (it[: prod(shape)].view(shape) for it in room)
-                torch.matmul(query.flatten(1, 2), key.transpose(1, 2), out=some.view(len(key), -1, len(place)))
-                _cap(some, spare, scores)
+                some = _scored(query, key, room, scores)
                 if slopes is not None:
                     _slope(some, slopes[of], near[of, part], place)
                 if not whole:
@@ -96,7 +94,7 @@ class OnlineKernel:
         blind = total == 0
         out.div_(total.masked_fill(blind, 1.0).unsqueeze(2))
         lse = highest.double() + total.double().log()
-        if scores.slopes is not None:
+        if scores.slopes is not None:  # what was left out of all distances
             distance = (_own(seen, rows) - nearest).abs().repeat_interleave(together * group, 0)
             lse -= scores.slopes.double().unsqueeze(1) * distance
         lse.masked_fill_(blind, -torch.inf)
@@ -115,13 +113,18 @@ def _extent(first: Tensor, stop: Tensor) -> tuple[int, int]:
     return (int(first[sees].min()), int(stop[sees].max())) if sees.any() else (0, 0)
 
 
-def _cap(some: Tensor, spare: Sequence[Tensor], scores: Scores) -> None:
-    """Make scores of products, in place; ``spare``: as much memory, for a soft cap."""
+def _scored(query: Tensor, key: Tensor, room: Tensor, scores: Scores) -> Tensor:
+    """Return the scores ``[kv_heads, group, q, k]`` but for slopes, in the first of the rooms; a soft cap takes two."""
+    shape = *query.shape[:3], key.shape[1]
+    some: Tensor
+    some, *spare = (it[: prod(shape)].view(shape) for it in room)
+    torch.matmul(query.flatten(1, 2), key.transpose(1, 2), out=some.view(len(key), -1, key.shape[1]))
     if scores.soft_cap is None:
         some.mul_(scores.scale)
     else:  # tanh(x) by exp(2 x) - 1: as exact, and twice as fast
         some.mul_(2 * scores.scale / scores.soft_cap).clamp_(max=_MOST_EXPONENT).expm1_()
         some.div_(torch.add(some, 2.0, out=spare[0])).mul_(scores.soft_cap)
+    return some
 
 
 def _slope(some: Tensor, slopes: Tensor, nearest: Tensor, columns: Tensor) -> None:

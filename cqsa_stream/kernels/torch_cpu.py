@@ -18,6 +18,7 @@ from cqsa_stream.schedulers.masks.calls import Tile
 
 __all__ = ["TorchCpuKernel"]
 
+_EXACT = OnlineKernel(rows=128)  # its log-sum-exp is as fine as its scores; few rows, since its memory is not planned
 _MOST_LSE = 128.0  # its last bit is 2^-17: half of it changes a weight by 4e-6
 
 
@@ -43,7 +44,8 @@ class TorchCpuKernel:
         out, lse = self._operator(q, k, v, added, scores.scale, causal=causal)
         fine, good = _looked_at(out, lse)
         if not fine:
-            return self._exact.attend(q, k, v, left, right, scores, ahead)
+            del out, lse  # they take what the exact ones will
+            return _EXACT.attend(q, k, v, left, right, scores, ahead)
         if not good:
             seen = *ranges(rows, columns, left, right, q.device), torch.tensor([ahead])
             mend(out, lse, _odd(out, lse), q, k, v, seen, scores)
@@ -56,7 +58,8 @@ class TorchCpuKernel:
             query, key, value = (x.view(len(added), -1, *x.shape[1:]) for x in (q, k, v))
             found = self._operator(query, key, value, added[:, None], scores.scale, causal=False)
             if not _looked_at(*found)[0]:
-                return self._exact.attend_seen(q, k, v, seen, scores)
+                del found
+                return _EXACT.attend_seen(q, k, v, seen, scores)
             blind = (seen.first >= seen.stop).repeat_interleave(len(q) // len(added), 0)
             out = found[0].flatten(0, 1).masked_fill(blind.unsqueeze(2), 0.0)
             lse = found[1].flatten(0, 1).masked_fill(blind, -torch.inf)
@@ -64,11 +67,6 @@ class TorchCpuKernel:
             return out, lse
 
         return by_tiles(q, k, v, bands, ahead, attend)
-
-    @property
-    def _exact(self) -> OnlineKernel:
-        """A kernel whose log-sum-exp is as fine as its scores are."""
-        return OnlineKernel()
 
     def _operator(
         self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, *, causal: bool

@@ -6,7 +6,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from cqsa_stream.schedulers.masks.arrays import LEAST, MOST, Bands64, scores, shifted
+from cqsa_stream.schedulers.masks.arrays import LEAST, MOST, Bands64, shifted
 
 __all__ = ["Packed", "packed"]
 
@@ -34,11 +34,6 @@ class Packed:
     def width(self) -> int:
         """Columns that a row is computed against, about."""
         return int(np.mean(self.bands[3] - self.bands[2])) + _SPREAD
-
-    @property
-    def scores(self) -> int:
-        """How many scores are visible."""
-        return scores(self.bands)
 
     @property
     def here(self) -> Bands64:
