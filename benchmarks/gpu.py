@@ -1,22 +1,24 @@
-"""One GPU, from disk: runs under budgets beside the kernel in core, as ratios within one run.
+"""One GPU, from disk: runs under budgets beside the kernels in core, as ratios within one run.
 
     python benchmarks/gpu.py [limits runs lengths errors rival] [--tokens 1048576] [--dims 64 128] [--shares 0.25 0.05]
-                             [--hosts ample 0.5] [--caches cached cold] [--repeats 3] [--trace] [--out gpu.json]
+                             [--hosts ample 0.5] [--caches cached cold] [--repeats 3] [--out gpu.json]
 
-Eight heads, bfloat16, causal. ``in core``: cuDNN on tensors that lie on the device. ``share``: device_memory as a part
-of Q + K + V + O; ``host``: host_memory likewise. ``cached``: the inputs are in the page cache; ``cold``: they are not,
-and ``disk`` is what their bytes and the output's take at the disk's rates. A run goes from disk to disk; its seconds
-are those of the session. ``call`` is the whole call: opening, fingerprints, planning too.
+Eight heads, bfloat16, causal. ``in core``: the fastest of the vendors' kernels on tensors that lie on the device.
+``share``: device_memory as a part of Q + K + V + O; ``host``: host_memory likewise. ``cached``: the inputs are in the
+page cache; ``cold``: they are not, and ``disk`` is what their bytes and the output's take at the disk's rates. ``call``
+is the whole call, from disk to the last fsync: opening, planning, fingerprints too; ``session`` the part of it that the
+run counts. ``busy``: the share of the time from the first kernel to the last in which one ran, by the session's own
+timeline; ``first``: from the first read to the first kernel. A run before the first warms up.
 """
 
 import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
@@ -24,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_limits import HEADS, cudnn, disk, limits, seconds
+from gpu_limits import HEADS, cudnn, disk, kernels, limits, operations, seconds
 
 import cqsa_stream as cqsa
-from cqsa_stream.events import Ended, Event
+from cqsa_stream.events import Ended, Event, Span, Started
 from cqsa_stream.inputs import open_inputs
 from cqsa_stream.storage.atomic import make_directory, replace_file
 from cqsa_stream.storage.open import TokenArray, open_array
@@ -74,38 +76,44 @@ def warm_cache(paths: tuple[Path, ...]) -> None:
                 file.read_bytes()
 
 
-def in_core(tokens: int, dim: int) -> float:
-    """Return the seconds of cuDNN on resident tensors, once, after a warm-up."""
+def in_core(tokens: int, dim: int, repeats: int) -> dict[str, float]:
+    """Return the median seconds of each vendor's kernel on resident tensors, after a warm-up."""
     q, k, v = (torch.randn(1, HEADS, tokens, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    cudnn(*(x[:, :, :4096] for x in (q, k, v)), causal=True)
-    took = seconds(partial(cudnn, q, k, v, True), 1, warm_up=False)
+    found = {}
+    for name, attend in kernels().items():
+        if name != "flash" or len(kernels()) == 2:
+            attend(*(x[:, :, :4096] for x in (q, k, v)), True)
+            found[name] = seconds(partial(attend, q, k, v, True), repeats if name == "fa4" else 1, warm_up=False)
     del q, k, v
     torch.cuda.empty_cache()
-    return took
+    return found
 
 
 def run(paths: tuple[Path, ...], out: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Run once, from disk to disk."""
-    ends: list[Ended] = []
-
-    def watch(event: Event) -> None:
-        if isinstance(event, Ended):
-            ends.append(event)
-
+    seen: list[Event] = []
     discard(out)
     torch.cuda.empty_cache()
     start = time.perf_counter()
-    cqsa.attention(*paths, out=out, is_causal=True, device="cuda", observers=[watch], **options)
+    cqsa.attention(*paths, out=out, is_causal=True, device="cuda", observers=[seen.append], **options)
     call_s = time.perf_counter() - start
     status = cqsa.open_run(out.with_name(out.name + ".run")).status()
     names = (
         "schedule", "chunks", "device_peak_bytes", "device_projected_bytes", "device_reserved_bytes",
         "device_driver_peak_bytes", "host_peak_bytes", "host_projected_bytes", "bytes_read", "bytes_written",
     )  # fmt: skip
+    begun, ended = seen[0], seen[-1]
+    assert isinstance(begun, Started)
+    assert isinstance(ended, Ended)
+    share, first_s = busy(ended.spans)
     return {
-        "run_s": ends[-1].figures.session_s,
+        "run_s": ended.figures.session_s,
         "call_s": call_s,
-        "predicted_s": ends[-1].predicted["seconds"],
+        "predicted_s": ended.predicted["seconds"],
+        "busy": share,
+        "first_s": first_s,
+        "kernel": begun.plan["kernel"],
+        "reserved_told_bytes": begun.plan["device_reserved_bytes"],
         **{name: status[name] for name in names},
     }
 
@@ -115,53 +123,44 @@ def discard(out: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def busy(paths: tuple[Path, ...], out: Path, options: dict[str, Any], trace_to: Path | None = None) -> float:
-    """Return the share of the time from the first kernel to the last in which one ran, from a profiler's trace."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        run(paths, out, options)
-    if trace_to is not None:
-        trace.export_chrome_trace(str(trace_to))
-    kernels = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in trace.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Mem")
-    )
+def busy(spans: Sequence[Span]) -> tuple[float, float]:
+    """Return the share of the time between the first kernel and the last in which one ran, and what came before."""
+    kernels = sorted((span.start_s, span.stop_s) for span in spans if span.kind == "kernel")
+    reads = [span.start_s for span in spans if span.kind == "read"]
     end, working = kernels[0][0], 0.0
     for start, stop in kernels:
         working += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    return working / (end - kernels[0][0])
+    return working / (end - kernels[0][0]), kernels[0][0] - min(reads, default=0.0)
 
 
 def measured(paths: tuple[Path, ...], out: Path, row: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
-    """Return the figures of one row of the table, and print it: the in-core kernel and the runs by turns."""
+    """Return the figures of one row of the table, and print it: after a run to warm up, the middle one of several."""
     tokens, dim, options = row["tokens"], row["dim"], settings(row)
-    kernel, runs = [], []
-    for _ in range(row["repeats"]):
-        kernel.append(in_core(tokens, dim) if row["in_core_s"] is None else row["in_core_s"])
+    runs = []
+    for number in range(row["repeats"] + 1):
         (drop_cache if row["cache"] == "cold" else warm_cache)(paths)
-        runs.append(run(paths, out, options))
-    middle = sorted(runs, key=lambda it: float(it["run_s"]))[len(runs) // 2]
-    found = {**row, **middle, "in_core_s": statistics.median(kernel), "runs": runs}
-    found["ratio"] = found["run_s"] / found["in_core_s"]
+        found = run(paths, out, options)
+        runs += [found] if number else []
+    middle = sorted(runs, key=lambda it: float(it["call_s"]))[len(runs) // 2]
+    found = {**row, **middle, "runs": runs}
+    found["ratio"], found["session_ratio"] = (found[name] / found["in_core_s"] for name in ("call_s", "run_s"))
     line = f"{tokens:>8} {dim:>4} {row['share']:>6} {row['host']:>6} {row['cache']:>6} {found['in_core_s']:8.3f} "
-    line += f"{found['run_s']:7.3f} {found['ratio']:6.3f} {found['call_s']:7.3f} "
+    line += f"{found['call_s']:7.3f} {found['ratio']:6.3f} {found['run_s']:7.3f} {found['session_ratio']:6.3f} "
+    line += f"{found['predicted_s']:9.3f} {found['busy']:6.1%} {found['first_s'] * 1e3:5.0f} ms "
     if row["cache"] == "cold" and rates:
         found["disk_s"] = (
             found["bytes_read"] / rates["disk cold GB/s"] + found["bytes_written"] / rates["disk written GB/s"]
         ) / 1e9
-        line += f"{found['disk_s']:7.3f}"
-    else:
-        line += " " * 7
-    if row["trace"]:
-        found["busy"] = busy(paths, out, options, row["trace"])
-        line += f" {found['busy']:6.1%}"
-    budget = options["device_memory"]
+        line += f"disk {found['disk_s']:7.3f} "
+    budget, told = options["device_memory"], (found["reserved_told_bytes"] or 0) / MIB
     driver = found["device_driver_peak_bytes"] - (found["device_reserved_bytes"] or 0)
+    found["told"] = f"{found['kernel']}, {found['schedule']} {found['chunks']}"
     print(
-        f"{line}  {found['schedule']} {found['chunks']}, device {found['device_peak_bytes'] / MIB:.0f}, by the driver "
-        f"{driver / MIB:.0f} of {budget / MIB:.0f} MiB, host {found['host_peak_bytes'] / MIB:.0f} of "
-        f"{found['host_projected_bytes'] / MIB:.0f}, read {found['bytes_read'] / 1e9:.2f} GB",
+        f"{line} {found['told']}, device {found['device_peak_bytes'] / MIB:.0f}, by the driver {driver / MIB:.0f} of "
+        f"{budget / MIB:.0f} MiB, reserved {(found['device_reserved_bytes'] or 0) / MIB:.0f} ({told:.0f} told), "
+        f"host {found['host_peak_bytes'] / MIB:.0f} of {found['host_projected_bytes'] / MIB:.0f}, "
+        f"read {found['bytes_read'] / 1e9:.2f} GB",
         flush=True,
     )
     return found
@@ -175,9 +174,18 @@ def settings(row: dict[str, Any]) -> dict[str, Any]:
 
 
 HEADER = (
-    f"{'tokens':>8} {'d':>4} {'share':>6} {'host':>6} {'cache':>6} {'in core':>8} {'run':>7}  ratio {'call':>7} "
-    f"{'disk':>7}   busy  plan"
+    f"{'tokens':>8} {'d':>4} {'share':>6} {'host':>6} {'cache':>6} {'in core':>8} {'call':>7}  ratio "
+    f"{'session':>7}  ratio {'predicted':>9}   busy  first  plan"
 )
+
+
+def in_core_of(tokens: int, dim: int, repeats: int, report: dict[str, Any]) -> float:
+    """Return the seconds of the fastest kernel in core, and print those of all."""
+    found = in_core(tokens, dim, repeats)
+    report.setdefault("in core", {})[f"{tokens} x {dim}"] = found
+    rates = (f"{name} {s:.3f} s, {operations(tokens, dim) / s / 1e12:.0f} TFLOP/s" for name, s in found.items())
+    print(f"{tokens:>8} {dim:>4} in core: {'; '.join(rates)}", flush=True)
+    return min(found.values())
 
 
 def runs(folder: Path, options: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -185,20 +193,16 @@ def runs(folder: Path, options: argparse.Namespace, report: dict[str, Any]) -> N
     print(f"\n{HEADER}")
     for tokens, dim in product(options.tokens, options.dims):
         paths = write_inputs(folder / "d", tokens, dim)
-        once = in_core(tokens, dim) if tokens > 1 << 20 else None  # of a long sequence once, for all rows
-        for number, (share, host, cache) in enumerate(product(options.shares, options.hosts, options.caches)):
+        long = tokens > 1 << 20
+        best = in_core_of(tokens, dim, 1 if long else options.repeats, report)
+        for share, host, cache in product(options.shares, options.hosts, options.caches):
             if host != "ample" and cache == "cold" and "cached" in options.caches:
                 continue
-            trace = (
-                options.trace and cache == "cached" and options.out.with_suffix(f".{tokens}-{dim}-{number}.trace.json")
-            )
             row = {
                 "tokens": tokens, "dim": dim, "share": share, "host": host, "cache": cache,
-                "schedule": options.schedule, "repeats": 1 if once else options.repeats, "in_core_s": once,
-                "trace": trace or None,
+                "schedule": options.schedule, "repeats": 1 if long else options.repeats, "in_core_s": best,
             }  # fmt: skip
-            found = measured(paths, folder / "out", row, report.get("limits", {}))
-            report["runs"].append({**found, "trace": str(trace or "")})
+            report["runs"].append(measured(paths, folder / "out", row, report.get("limits", {})))
             options.out.write_text(json.dumps(report, indent=1))
         shutil.rmtree(folder / "d")
         discard(folder / "out")
@@ -212,12 +216,12 @@ def lengths(folder: Path, options: argparse.Namespace, report: dict[str, Any]) -
         paths = write_inputs(folder / "d", tokens, 64)
         long = tokens > 1 << 20
         row = {
-            "tokens": tokens, "dim": 64, "share": 0.25, "host": "ample", "cache": "cached",
-            "repeats": 1 if long else 3, "in_core_s": float("nan") if long else None, "trace": None,
+            "tokens": tokens, "dim": 64, "share": 0.25, "host": "ample", "cache": "cached", "repeats": 1 if long else 3,
+            "in_core_s": float("nan") if long else in_core_of(tokens, 64, 1, report),
         }  # fmt: skip
         found = measured(paths, folder / "out", row, {})
-        report["lengths"].append({"tokens": tokens, "s_per_square": found["run_s"] / tokens**2})
-        print(f"{tokens:>8}  {found['run_s'] / tokens**2 * 1e12:.4f} s per 10^12 pairs of tokens")
+        report["lengths"].append({"tokens": tokens, "s_per_square": found["call_s"] / tokens**2})
+        print(f"{tokens:>8}  {found['call_s'] / tokens**2 * 1e12:.4f} s per 10^12 pairs of tokens")
         options.out.write_text(json.dumps(report, indent=1))
         shutil.rmtree(folder / "d")
 
@@ -323,7 +327,6 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", default=["cached", "cold"])
     parser.add_argument("--schedule", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--trace", action="store_true", help="trace a run for each row with cached inputs")
     parser.add_argument("--folder", type=Path, default=Path())
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     options = parser.parse_args()

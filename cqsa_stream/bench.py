@@ -15,10 +15,11 @@ import torch
 
 from cqsa_stream.command import Command, Target
 from cqsa_stream.engine.calls import Calls
+from cqsa_stream.engine.timeline import Timeline
 from cqsa_stream.events import Ended, Event
 from cqsa_stream.generate import generate
 from cqsa_stream.inputs import open_inputs
-from cqsa_stream.kernels.choose import choices, fold_for, kernel_of
+from cqsa_stream.kernels.choose import choices, competing, fold_for, kernel_of
 from cqsa_stream.kernels.contract import Kernel, Scores
 from cqsa_stream.machine.allocator import returning_freed_memory
 from cqsa_stream.machine.calibration import Calibration, Timed, trying
@@ -41,7 +42,7 @@ __all__ = ["measure", "speed"]
 _HEAD_DIMS = (64, 128)
 _PARTS = (128, 16, 4, 1)  # of a kernel's largest call: the sizes at which it is timed
 _LEAVES = 8
-_ROUNDS, _LEAST_S = 7, 0.004
+_ROUNDS, _ROUNDS_APART, _LEAST_S = 7, 3, 0.004
 _FILE_TOKENS = 16_384  # 4 MiB of float32
 _FILES = 32
 _RUN: dict[str, Any] = {"tokens": 4_096, "heads": 8, "head_dim": 64, "dtype": "float32"}
@@ -94,7 +95,7 @@ class _Calls:
     """Kernel calls and their merges, as the engine makes them."""
 
     def __init__(self, device: Device, kernel: Kernel, dtype: torch.dtype, dim: int, most: int) -> None:
-        self._calls, self._scores = Calls(kernel, fold_for(device.torch), device), Scores(dim**-0.5)
+        self._calls, self._scores = Calls(kernel, fold_for(device.torch), device, Timeline(device)), Scores(dim**-0.5)
         self._q, self._k, self._v = (torch.randn(1, most, dim).to(device.torch, dtype) for _ in range(3))
         self._out = torch.zeros(1, most, dim, device=device.torch)
         self._lse = torch.full((1, most), -torch.inf, dtype=torch.float64, device=device.torch)
@@ -122,8 +123,7 @@ def _all_times(device: Device) -> tuple[Timed, ...]:
     """Time the kernel that a run takes, for each dtype in which one computes, by each of its operators."""
     found = []
     for dtype, dim in product((torch.float32, torch.float16, torch.bfloat16), _HEAD_DIMS):
-        able = choices(device.torch, dtype)
-        for choice in (choice for choice in able if choice.kernel == able[0].kernel):
+        for choice in competing(choices(device.torch, dtype)):
             kernel = kernel_of(choice, device.torch, dtype)
             if dtype in kernel.abilities.dtypes:
                 times = _tile_times(device, kernel, dtype, dim)
@@ -132,7 +132,10 @@ def _all_times(device: Device) -> tuple[Timed, ...]:
 
 
 def _tile_times(device: Device, kernel: Kernel, dtype: torch.dtype, dim: int) -> TileTimes:
-    """Time calls of all sizes in turns: on a machine whose speed changes, no size gets all the slow moments."""
+    """Time calls of all sizes in turns: on a machine whose speed changes, no size gets all the slow moments.
+
+    A device of its own is made to work before each: rested, it is faster for a moment than in a run.
+    """
     sizes = tuple(kernel.abilities.tile.rows // part for part in _PARTS)
     leaf = min(kernel.abilities.tile.leaf, sizes[-1])
     leaves = min(_LEAVES, sizes[-1] // leaf)
@@ -140,8 +143,11 @@ def _tile_times(device: Device, kernel: Kernel, dtype: torch.dtype, dim: int) ->
     one, many = (leaf, 0, 1), (leaf * leaves, 0, leaves)
     shapes = [(rows, columns, 1) for rows in sizes for columns in sizes] + [one, many]
     found: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in shapes}
-    for number in range(_ROUNDS + 1):
+    for number in range((_ROUNDS_APART if device.habits.own_memory else _ROUNDS) + 1):
         for shape in found:
+            if device.habits.own_memory:
+                calls(sizes[-1], sizes[-1], 1)
+                device.synchronize()
             seconds = _seconds(lambda shape=shape: calls(*shape), _LEAST_S, device)  # type: ignore[misc]
             if number:  # the first round warms up
                 found[shape].append(seconds)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Checkpointed", "Ended", "Event", "Figures", "Observer", "Progressed", "Started"]
+__all__ = ["Checkpointed", "Ended", "Event", "Figures", "Observer", "Progressed", "Span", "Started"]
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,30 @@ class Checkpointed:
     figures: Figures
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that a thread or the device did: ``kind`` is "read", "wait", "copy", "kernel", "write" or
+    "commit". Seconds from the session's first moment of computing on.
+    """
+
+    kind: str
+    where: str
+    start_s: float
+    stop_s: float
+    about: str = ""
+
+
 @dataclass(frozen=True)
 class Ended:
-    """The session is over: ``"done"``, or why it stopped. ``predicted``: of a whole run; ``measured``: this session."""
+    """The session is over: ``"done"``, or why it stopped. ``predicted``: of a whole run; ``measured``: this session;
+    ``spans``: what it did when, the first thousands of spans of threads and of the device.
+    """
 
     reason: str
     figures: Figures
     predicted: dict[str, float]
     measured: dict[str, float]
+    spans: tuple[Span, ...] = ()
 
 
 Event = Started | Progressed | Checkpointed | Ended

@@ -105,6 +105,7 @@ def _request(
             _stored(arrays["key"], 1),
             _stored(arrays["value"], 1),
         ),
+        cached=_cached_share(arrays),
         checkpoint_every_s=options.interval_s,
         schedule=options.schedule or AUTO,
         chunks=options.chunks,
@@ -166,6 +167,7 @@ def _workload(
         score_columns=can.score_columns,
         workspace_bytes=can.workspace_bytes,
         merged_at_once=merged_at_once,
+        merges=can.merging(problem.head_dim, problem.value_dim),
         lower_edges=problem.visible.has_lower_edges,
         kept_bytes=sum(array.kept_bytes for array in arrays.values()) + problem.visible.nbytes,
         durable=durable,
@@ -180,6 +182,13 @@ def _packing_bytes(problem: Problem, kernel: Kernel) -> int:
     can, width = kernel.abilities, max(problem.head_dim, problem.value_dim)
     itemsize = can.compute_dtype(getattr(torch, problem.dtype)).itemsize
     return can.packing_bytes + can.packing_numbers * width * itemsize
+
+
+def _cached_share(arrays: dict[str, TokenArray]) -> float:
+    """Return which share of the arrays' bytes the system holds in memory."""
+    sizes = {name: math.prod(array.shape) * dtype_bytes(array.dtype) for name, array in arrays.items()}
+    cached = sum(sizes[name] * array.cached_share() for name, array in arrays.items())
+    return cached / max(1, sum(sizes.values()))
 
 
 def _stored(array: TokenArray, heads: int, first: int = 0) -> Stored:

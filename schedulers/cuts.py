@@ -19,11 +19,11 @@ def cuts(request: Request, machine: Machine) -> list[tuple[Axis, Axis]]:
     if request.grid is not None:
         return [(request.grid.rows, request.grid.columns)]
     if request.same_positions:
-        found = [Axis.cut(request.keys, c) for c in _same_position_chunks(request, machine)]
+        found = [Axis.cut(request.keys, c, machine.turn) for c in _same_position_chunks(request, machine)]
         return [(axis, axis) for axis in found]
     tokens = min(request.keys, machine.habits.column_tokens)
     columns = Axis(request.keys, tokens, -(-request.keys // tokens))
-    return [(Axis.cut(request.queries, c), columns) for c in _row_chunks(request, machine)]
+    return [(Axis.cut(request.queries, c, machine.turn), columns) for c in _row_chunks(request, machine)]
 
 
 def pair_flops(work: Workload, rows: int, columns: int) -> float:

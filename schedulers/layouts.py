@@ -138,8 +138,8 @@ class Layouts:
             tile=replace(
                 tile,
                 rows=tile.rows if self._one_pool else self._part(case.rows.chunk_tokens, tile.rows),
-                columns=min(tile.columns, block),
-                leaf=min(tile.leaf, block),
+                columns=min(tile.columns, block) if self._one_pool else self._part(block, tile.columns),
+                leaf=min(tile.leaf, block) if self._one_pool else self._part(block, tile.leaf),
                 edge=tile.edge if tile.skips else min(tile.edge, block),
             ),
             out_tokens=out,

@@ -20,7 +20,8 @@ class Machine:
 
     A plan is chosen by ``rates``; its seconds are estimated by ``measured``: without a calibration, what a quick trial
     found, which must not change the plan from one day to the next. ``step_flops`` bounds the work between two moments
-    at which a run can stop. ``host_reserved_bytes`` are the libraries' own, counted in the budget;
+    at which a run can stop. ``turn``: rows of a call that keep all processors of the device busy to its end, as do
+    multiples of it. ``host_reserved_bytes`` are the libraries' own, counted in the budget;
     ``device_reserved_bytes``, the driver's own and its libraries', are held besides it. What is None is not there, or
     not known.
     """
@@ -35,6 +36,7 @@ class Machine:
     measured: Rates
     tile: Tile
     step_flops: float
+    turn: int = 1
     device_free_bytes: int | None = None
     device_reserved_bytes: int | None = None
     host_free_bytes: int | None = None
@@ -47,6 +49,7 @@ class Request:
     """What is to be planned. ``chunks`` and ``schedule`` are given where a user forces them; ``grid`` and
     ``out_tokens`` where a run has begun, whose output is stored in chunks of so many tokens.
 
+    ``cached``: the share of the arrays that the system holds in memory now: it changes what a plan takes, not which.
     ``mask`` is over (query rows, keys), both counted from 0; ``arrays``: how query, key and value are stored.
     """
 
@@ -56,6 +59,7 @@ class Request:
     same_positions: bool
     mask: Mask
     arrays: tuple[Stored, Stored, Stored]
+    cached: float = 0.0
     checkpoint_every_s: float = 60.0
     schedule: str = AUTO
     chunks: int | None = None

@@ -38,7 +38,10 @@ def make_plan(request: Request, machine: Machine) -> Plan:
     counts = [search.counted(plan) for plan in best]
     chosen = _choose([search.costed(*it, machine.rates) for it in zip(best, counts, strict=True)], even=_even(request))
     least = min((plan.least for plan in best), key=_held)
-    found = tuple(replace(search.costed(*it, machine.measured), least=least) for it in zip(best, counts, strict=True))
+    found = tuple(
+        replace(search.costed(*it, machine.measured, request.cached), least=least)
+        for it in zip(best, counts, strict=True)
+    )
     return replace(found[chosen], candidates=found)
 
 
@@ -81,14 +84,17 @@ def _held(footprint: Footprint) -> int:
 
 def _cheapest(plans: list[Plan]) -> Plan:
     """Return, of the plans that are as fast as any, the one that moves the fewest bytes; for a device with memory of
-    its own, which waits for whoever hands it blocks, the one that computes the soonest of those that move few.
+    its own, which waits for whoever hands it blocks, of those that move few and compute as soon as any the one with the
+    fewest blocks.
     """
     fastest = min(plan.cost.seconds for plan in plans)
     equal = [plan for plan in plans if plan.cost.seconds <= _TIE * fastest]
     if equal[0].layout.in_place:
         return min(equal, key=lambda p: (_moved(p), p.cost.seconds))
     few = _FEW_BYTES * min(map(_moved, equal))
-    return min((plan for plan in equal if _moved(plan) <= few), key=lambda p: (p.cost.compute_s, _moved(p)))
+    frugal = [plan for plan in equal if _moved(plan) <= few]
+    soon = _TIE * min(plan.cost.compute_s for plan in frugal)
+    return min((plan for plan in frugal if plan.cost.compute_s <= soon), key=lambda p: (p.cost.blocks, _moved(p)))
 
 
 def _moved(plan: Plan) -> int:
@@ -128,17 +134,17 @@ class _Search:
         if not self._layouts.possible(case, layout) or not self._layouts.fits(case, layout):
             return None
         plan = self._priced(case, layout, self._layouts.footprint(*self._least(case.kind)))
-        plan = self.costed(plan, self.counted(plan), self.machine.measured)
+        plan = self.costed(plan, self.counted(plan), self.machine.measured, self.request.cached)
         return None if plan.lacking() else replace(plan, candidates=(plan,))
 
     def counted(self, plan: Plan) -> Traffic:
         """Return what a plan moves, counted as exactly as a moment allows."""
         return moved(self.work, self._schedule(plan.schedule, plan.grid, plan.layout), plan.layout, self.request.arrays)
 
-    def costed(self, plan: Plan, count: Traffic, rates: Rates) -> Plan:
-        """Return a plan with its price by these rates."""
+    def costed(self, plan: Plan, count: Traffic, rates: Rates, cached: float = 0.0) -> Plan:
+        """Return a plan with its price by these rates, where a share of the arrays is in memory already."""
         schedule = self._schedule(plan.schedule, plan.grid, plan.layout)
-        return replace(plan, cost=self._cost(schedule, plan.layout, count, rates, plan.footprint))
+        return replace(plan, cost=self._cost(schedule, plan.layout, count, rates, plan.footprint, cached))
 
     def _priced(self, case: Case, layout: Layout, least: Footprint) -> Plan:
         grid = self._grid(case)
@@ -167,7 +173,15 @@ class _Search:
             disk_free_bytes=machine.disk_free_bytes,
         )
 
-    def _cost(self, schedule: Schedule, layout: Layout, count: Traffic, rates: Rates, held: Footprint) -> Cost:
+    def _cost(
+        self,
+        schedule: Schedule,
+        layout: Layout,
+        count: Traffic,
+        rates: Rates,
+        held: Footprint,
+        cached: float = 0.0,
+    ) -> Cost:
         known = (schedule.grid.rows, layout.block_tokens, layout.tile, rates.tiles)
         if known not in self._kernel_s:
             self._kernel_s[known] = kernel_s(self.work, schedule.grid, layout, rates.tiles)
@@ -179,7 +193,10 @@ class _Search:
         if on_disk and all(array.past_cache for array in on_disk):
             stored = count.fetched_bytes
         cold = count.fetched_bytes if total is not None and stored > total else min(stored, count.fetched_bytes)
-        return cost(self.work, schedule, layout, count, self._kernel_s[known], rates, every, cold, touched)
+        cold = round(cold * (1 - cached))
+        habits, kernel = self.machine.habits, self._kernel_s[known]
+        beside = (habits.reads_at_a_time, habits.writers) if habits.own_memory else (1, 1)  # else all share processors
+        return cost(self.work, schedule, layout, count, kernel, rates, every, cold, touched, *beside)
 
     def _schedule(self, name: str, grid: Grid, layout: Layout) -> Schedule:
         kind = name, grid.rows, layout.rows_per_task, layout.stride

@@ -47,5 +47,8 @@ class TokenArray(Protocol):
         Several threads may read at a time.
         """
 
+    def cached_share(self) -> float:
+        """Return which share of it is in the page cache now, by a look at some of it; 0 where none can tell."""
+
     def check(self) -> None:
         """Raise ArrayError where a stored chunk is missing or short, as far as this can be told without decoding."""

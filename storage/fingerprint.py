@@ -1,7 +1,16 @@
-"""Fingerprints: a word for an array's identity, from its shape, dtype and content: all of it, or a sample of it."""
+"""Fingerprints: a word for an array's identity, from its shape, dtype and content: all of it, or a sample of it.
+
+Cells are read and hashed by several threads, and the fingerprint is the hash of their hashes.
+"""
 
 import hashlib
+import math
+import os
 import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -9,10 +18,14 @@ import numpy as np
 from cqsa_stream.storage.contract import TokenArray
 from cqsa_stream.storage.dtypes import numpy_dtype
 
-__all__ = ["fingerprint"]
+__all__ = ["SMALL_BYTES", "fingerprint"]
 
-_READ_BYTES = 32 << 20  # so much is read, and all of an array that is no larger
-_CELL_BYTES = 256 << 10
+_CELL_BYTES, _MOST_CELLS = 256 << 10, 128
+_READ_BYTES = _CELL_BYTES * _MOST_CELLS  # so much is read, and all of an array that is no larger
+SMALL_BYTES = 1 << 20  # what a read holds besides its place, where reading needs no planning
+_THREADS = 4
+_DIGEST_BYTES = 16
+_Cell = tuple[int, range, range]  # batch, heads, tokens
 
 
 def fingerprint(array: TokenArray) -> str:
@@ -21,24 +34,49 @@ def fingerprint(array: TokenArray) -> str:
     Which cells, depends on shape and dtype alone: the same numbers stored in another way have the same fingerprint.
     Raises ArrayError where a cell cannot be read.
     """
-    array.begin(in_flight=1)  # it is little, and memory is not planned yet
+    cells = list(_cells(array))
+    threads = min(_THREADS, os.cpu_count() or 1)
+    if array.staging_bytes > SMALL_BYTES or len(cells) > _MOST_CELLS:  # they would hold much, or have little to do
+        threads = 1
+    array.begin(in_flight=1)  # of each thread: memory is not planned yet
+    digest = hashlib.blake2b(f"{array.shape} {array.dtype}".encode(), digest_size=_DIGEST_BYTES)
+    with ThreadPoolExecutor(threads, "cqsa-fingerprint") as pool:
+        each = map if threads == 1 else pool.map
+        for found in each(partial(_hash, array, _Place()), cells):
+            digest.update(found)
+    return digest.hexdigest()
+
+
+def _cells(array: TokenArray) -> Iterator[_Cell]:
+    """Yield the cells that are hashed."""
     batch, heads, tokens, features = array.shape
-    dtype = numpy_dtype(array.dtype)
-    row_bytes = features * dtype.itemsize
+    row_bytes = features * numpy_dtype(array.dtype).itemsize
     all_bytes = batch * heads * tokens * row_bytes
     pieces = min(tokens, -(-tokens * row_bytes // _CELL_BYTES))  # of one head
     together = 1 if pieces > 1 else max(1, min(heads, _CELL_BYTES // (tokens * row_bytes)))  # heads of a cell
     groups = -(-heads // together)
-    digest = hashlib.blake2b(f"{array.shape} {array.dtype}".encode(), digest_size=16)
-    for cell in _sample(batch * groups * pieces, None if all_bytes <= _READ_BYTES else _READ_BYTES // _CELL_BYTES):
+    for cell in _sample(batch * groups * pieces, None if all_bytes <= _READ_BYTES else _MOST_CELLS):
         lane, piece = divmod(cell, pieces)
         first = lane % groups * together
-        chosen = range(first, min(first + together, heads))
         span = range(tokens * piece // pieces, tokens * (piece + 1) // pieces)
-        place = np.empty((len(chosen), len(span), features), dtype)
-        array.read_into(lane // groups, chosen, span, place)
-        digest.update(place.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+        yield lane // groups, range(first, min(first + together, heads)), span
+
+
+class _Place(threading.local):
+    """A thread's memory for a cell: new pages for each would take longer than reading it."""
+
+    bytes = np.empty(0, np.uint8)
+
+
+def _hash(array: TokenArray, own: _Place, cell: _Cell) -> bytes:
+    batch, heads, tokens = cell
+    shape, dtype = (len(heads), len(tokens), array.shape[3]), numpy_dtype(array.dtype)
+    size = math.prod(shape) * dtype.itemsize
+    if len(own.bytes) < size:
+        own.bytes = np.empty(size, np.uint8)
+    used = own.bytes[:size]
+    array.read_into(batch, heads, tokens, used.view(dtype).reshape(shape))
+    return hashlib.blake2b(used.data, digest_size=_DIGEST_BYTES).digest()
 
 
 def _sample(cells: int, most: int | None) -> list[int]:

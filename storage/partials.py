@@ -129,13 +129,16 @@ class PartialStore:
         self.lanes, self.sums, self.share = lanes, sums, share
         self.bytes_written = 0
         self.bytes_read = 0
+        self.ready: Callable[[], object] = lambda: None  # waited for before anything is stored
         self._seen = {share}  # the shares that have, or had, files here
         self._counting = threading.Lock()  # chunks are finished in one thread and committed in another
         self._ours = False  # whether damaged files may be set aside
 
     def of(self, share: int) -> "PartialStore":
         """Return the store of another share of the same run."""
-        return PartialStore(self.directory, self.run, self.lanes, self.sums, share)
+        found = PartialStore(self.directory, self.run, self.lanes, self.sums, share)
+        found.ready = self.ready
+        return found
 
     def prepare(self) -> None:
         """Create the directory; sweep what a killed process left. Only the holder of the share may call this."""
@@ -150,6 +153,7 @@ class PartialStore:
 
     def commit(self, sum_: int, lane: int, chunk: int, cover: int, fields: Sequence[np.ndarray]) -> None:
         """Store a partial durably: after return it survives a crash, before it the previous one does."""
+        self.ready()
         bitmap = cover.to_bytes(self.sums[sum_].cover_bytes, "little")
         self._replace(_Place(self.share, sum_, lane, chunk), bitmap, _bytes_of(fields))
 
@@ -159,6 +163,7 @@ class PartialStore:
         Afterwards the partials are removed that other shares hold of it, as far as this store has looked at their
         files (``prepare``, ``covers``, ``headers``, ``shares``): the output has merged them.
         """
+        self.ready()
         place = _Place(self.share, sum_, lane, chunk)
         self._replace(place, b"", (), checksum)
         self._discard_merged(place)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cqsa_stream.engine.calls import Calls
+from cqsa_stream.engine.timeline import Timeline
 from cqsa_stream.errors import InputError
 from cqsa_stream.kernels.choose import choices, chosen, kernel_of
 from cqsa_stream.kernels.contract import TRIANGLES, Kernel, KernelChoice, Scores
@@ -37,14 +38,22 @@ PLAIN_GPU = pytest.param(
 )
 
 
-def cupy_kernel() -> Kernel | None:
+def where_it_is(name: str, operator: str, dtype: torch.dtype) -> Kernel | None:
+    """A kernel of an optional package."""
+    if not torch.cuda.is_available():
+        return None
     try:
-        return kernel_of(KernelChoice("cupy", "cublas"), CUDA, torch.float32)
+        return kernel_of(KernelChoice(name, operator), CUDA, dtype)
     except InputError:
         return None
 
 
-CUPY = pytest.param(cupy_kernel(), "cuda", torch.float32, 2e-6, 1e-5, marks=pytest.mark.gpu, id="cupy")
+CUPY, FA4 = (
+    pytest.param(where_it_is(name, operator, dtype), "cuda", dtype, *tolerances, marks=pytest.mark.gpu, id=name)
+    for name, operator, dtype, tolerances in (
+        ("cupy", "cublas", torch.float32, (2e-6, 1e-5)), ("fa4", "merging", torch.float16, (3e-3, 2e-3))
+    )
+)  # fmt: skip
 KERNELS = [
     pytest.param(TorchCpuKernel(), "cpu", torch.float32, 2e-6, 1e-5, id="torch-cpu"),
     pytest.param(PlainKernel(torch.float64), "cpu", torch.float64, 1e-14, 1e-13, id="plain-float64"),
@@ -53,6 +62,7 @@ KERNELS = [
     *VENDORS,
     PLAIN_GPU,
     CUPY,
+    FA4,
 ]
 PARAMETERS = ("kernel", "device", "dtype", "tolerance", "lse_tolerance")
 DIMS = [(8, 8), (12, 12), (64, 64), (80, 80), (64, 128), (128, 64), (256, 256)]
@@ -66,7 +76,7 @@ def _device_is_there(request: pytest.FixtureRequest) -> None:
     if found.params["device"] == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if found.params["kernel"] is None:
-        pytest.skip("no CuPy")
+        pytest.skip("no CuPy, or no flash-attn-4 on a Hopper GPU")
     if isinstance(found.params["kernel"], TorchCudaKernel):
         operator = found.params["kernel"].operator
         if operator not in {choice.operator for choice in choices(CUDA, torch.float16)}:
@@ -287,7 +297,7 @@ def test_a_call_of_several_tiles_is_as_many_calls(
 
     merged = torch.zeros(heads, tiles * height, 16, dtype=dtype)
     merged_lse = torch.full((heads, tiles * height), -torch.inf, dtype=torch.float64)
-    Calls(Watched(), fold, Host()).attend((merged, merged_lse), q, k, v, call, Scores(0.25))
+    Calls(Watched(), fold, Host(), Timeline(Host())).attend((merged, merged_lse), q, k, v, call, Scores(0.25))
     assert seen[0].data_ptr() == k.data_ptr()
     for t in range(tiles):
         rows, columns = slice(t * height, (t + 1) * height), slice(t * height, t * height + width)

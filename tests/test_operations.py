@@ -20,6 +20,7 @@ from cqsa_stream.engine.meter import Meter
 from cqsa_stream.engine.operation import Operation
 from cqsa_stream.engine.sinks import MemorySink, Stored, ZarrSink
 from cqsa_stream.engine.stores import NoStore
+from cqsa_stream.engine.timeline import Timeline
 from cqsa_stream.errors import RunStopped
 from cqsa_stream.kernels.choose import fold_for, kernel_of
 from cqsa_stream.kernels.contract import KernelChoice
@@ -116,12 +117,25 @@ class Bench:
         share = share or Share()
         store, sink = self.store(operation, share.number), self.sink(operation)
         meter = Meter(self.problem, self.plan.grid, self.arrays, store, sink, CPU)
-        job = Job(self.problem, self.plan, operation, self.arrays, sink, store, CPU, stop, lambda _: None, meter, 0.0)
+        job = Job(
+            self.problem,
+            self.plan,
+            operation,
+            self.arrays,
+            sink,
+            store,
+            CPU,
+            stop,
+            lambda _: None,
+            meter,
+            0.0,
+            Timeline(CPU),
+        )
         return Engine(dataclasses.replace(job, share=share))
 
     def forward(self) -> Forward:
         kernel = kernel_of(KernelChoice(self.plan.kernel, self.plan.operator), CPU.torch, torch.float32)
-        return Forward(self.problem, self.plan.layout.tile, kernel, fold_for(CPU.torch), CPU)
+        return Forward(self.problem, self.plan.layout.tile, kernel, fold_for(CPU.torch), CPU, Timeline(CPU))
 
 
 def two_sums(folder: Path, schedule: str, window: int | None) -> Bench:
@@ -306,7 +320,20 @@ def test_a_run_in_memory_has_no_store(tmp_path: Path) -> None:
     sink = MemorySink([tensors], [grid.rows], bench.lane_heads)
     store = NoStore(1, 1)
     meter = Meter(bench.problem, grid, bench.arrays, store, sink, CPU)
-    job = Job(bench.problem, bench.plan, operation, bench.arrays, sink, store, CPU, go_on, lambda _: None, meter, 0.0)
+    job = Job(
+        bench.problem,
+        bench.plan,
+        operation,
+        bench.arrays,
+        sink,
+        store,
+        CPU,
+        go_on,
+        lambda _: None,
+        meter,
+        0.0,
+        Timeline(CPU),
+    )
     Engine(job).run()
     check_forward((tensors[1], tensors[0]))
     with pytest.raises(AssertionError, match="never lets"):

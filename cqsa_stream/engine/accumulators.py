@@ -60,6 +60,7 @@ class Accumulators:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._device.synchronize()
         self._lock.__exit__(*error)
 
     def __getitem__(self, chunk: int) -> Accumulator:

@@ -1,10 +1,13 @@
 """Host memory that a CUDA device copies to and from by itself: allocated once, at its exact size, page-locked in place.
 
-(torch's own pinned allocations are rounded up to a power of two.) A thread locks it from its beginning on, in pieces
-that grow, while the first parts are used already: each call costs milliseconds, and gigabytes of new pages cost more.
+(torch's own pinned allocations are rounded up to a power of two.) A thread locks it from its beginning on, piece by
+piece, while the first parts are used already: gigabytes of new pages take a while. They are asked for in huge ones, and
+made outside of the driver, which lets nobody launch or copy while it locks; after each piece others get their turn.
 """
 
+import ctypes
 import threading
+import time
 
 import torch
 from torch import Tensor
@@ -15,7 +18,9 @@ from cqsa_stream.storage.readers.ranges import PAGE
 
 __all__ = ["PageLock", "in_pages", "pages"]
 
-_FIRST_BYTES, _MOST_BYTES = 16 << 20, 128 << 20  # of a piece: a longer one would keep kernels from being launched
+_PIECE_BYTES = 8 << 20  # a longer one would keep kernels from being launched
+_HUGE_PAGES, _POPULATE_WRITE = 14, 23  # sys/mman.h
+_libc = ctypes.CDLL(None)
 
 
 def in_pages(size: int) -> int:
@@ -30,8 +35,16 @@ def pages(size: int) -> Tensor:
     return memory[over : over + size]
 
 
+def _advise(memory: Tensor, advice: int) -> None:
+    """Tell the system what to do with whole pages; where it does not know the advice, nothing is lost."""
+    _libc.madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.numel()), advice)
+
+
 class PageLock:
-    """Locks places of memory ``[places, bytes]``, each whole pages, while inside, for a device that copies itself."""
+    """Locks places of memory ``[places, bytes]``, each whole pages, while inside, for a device that copies itself.
+
+    At its end no copy may be under way.
+    """
 
     def __init__(self, memory: Tensor, device: Device) -> None:
         self._memory, self._device = memory, device
@@ -58,7 +71,6 @@ class PageLock:
             return
         self._closing = True
         self._thread.join()
-        self._device.synchronize()
         with self._device.current():
             for address in self._pieces:
                 self._device.unlock(address)
@@ -66,16 +78,22 @@ class PageLock:
 
     def _lock(self) -> None:
         places, size = self._memory.shape
-        count, most = max(1, _FIRST_BYTES // size), max(1, _MOST_BYTES // size)
+        count = max(1, _PIECE_BYTES // max(1, size))
         try:
             with self._device.current():
+                if self._device.habits.own_memory:  # all of it will be there: nothing is held that is not used
+                    _advise(self._memory, _HUGE_PAGES)
                 while self._locked < places and not self._closing:
                     piece = self._memory[self._locked : self._locked + count]
+                    if self._device.habits.own_memory:
+                        _advise(piece, _POPULATE_WRITE)
+                    start = time.monotonic()
                     self._register(piece.data_ptr(), piece.numel())
+                    took = time.monotonic() - start
                     with self._changed:
                         self._locked += len(piece)
                         self._changed.notify_all()
-                    count = min(2 * count, most)
+                    time.sleep(took)
         except BaseException as error:  # handed to whoever waits
             with self._changed:
                 self._error = error

@@ -1,13 +1,17 @@
 """Kernel calls, and the merging of the tiles they give.
 
-On CUDA two streams take turns at calls of the vendor's kernels: the last thread blocks of one leave multiprocessors
-idle, which the first ones of the next fill. The tiles are merged on the current stream, one after another, so the order
-of the arithmetic does not depend on which call ends first. Other kernels' calls go one after another.
+A kernel that merges does all of it in one launch, one after another on the current stream. Of other vendor kernels two
+streams take turns on CUDA: the last thread blocks of one call leave multiprocessors idle, which the first ones of the
+next fill. Their tiles are merged on the current stream, one after another, so the order of the arithmetic does not
+depend on which call ends first.
 """
+
+from typing import cast
 
 from torch import Tensor
 
-from cqsa_stream.kernels.contract import Fold, Kernel, Scores
+from cqsa_stream.engine.timeline import Timeline
+from cqsa_stream.kernels.contract import Fold, Kernel, Merging, Partial, Scores
 from cqsa_stream.machine.device import DONE, Device, Event
 from cqsa_stream.schedulers.masks.calls import Call, Packed
 
@@ -17,8 +21,8 @@ __all__ = ["Calls"]
 class Calls:
     """Attends with one kernel on one device. ``streams``: those on which it reads what it is given."""
 
-    def __init__(self, kernel: Kernel, fold: Fold, device: Device) -> None:
-        self._kernel, self._fold, self._device = kernel, fold, device
+    def __init__(self, kernel: Kernel, fold: Fold, device: Device, timeline: Timeline) -> None:
+        self._kernel, self._fold, self._device, self._timeline = kernel, fold, device, timeline
         count = kernel.abilities.calls_at_a_time
         alone = (device.current_stream(),)
         self.streams = alone if count == 1 else tuple(device.new_stream() for _ in range(count))
@@ -27,7 +31,7 @@ class Calls:
 
     def attend(
         self,
-        partial: tuple[Tensor, Tensor],
+        partial: Partial,
         queries: Tensor,
         key: Tensor,
         value: Tensor,
@@ -39,9 +43,13 @@ class Calls:
 
         ``ahead``: by how much the first key stands after the first query.
         """
+        if self._kernel.abilities.merging(key.shape[2], value.shape[2]):
+            with self._timeline.on_device("kernel"):
+                cast("Merging", self._kernel).merge(partial, queries, key, value, call, scores, ahead)
+            return
         turn, stream = self._turn, self.streams[self._turn]
         stream.wait_event(self._merged[turn])  # the memory of this stream's last tile is free again
-        with self._device.on(stream):
+        with self._device.on(stream), self._timeline.on_device("kernel"):
             if isinstance(call, Packed):
                 tile = self._kernel.attend_packed(queries, key, value, call.here, scores, ahead)
             else:

@@ -65,8 +65,9 @@ class Finishing:
     def _write(self, number: int, lane: int, chunk: int, left: Left) -> None:
         """Make a chunk's output durable, and only then replace its partial by the header that says: finished."""
         left.copied.synchronize()  # this thread has nothing else to do
-        checksum = self._job.sink.write(number, lane, chunk, left.fields)
-        self._job.store.finish(number, lane, chunk, checksum)
+        with self._job.timeline.span("write", f"lane {lane}, row {chunk}"):
+            checksum = self._job.sink.write(number, lane, chunk, left.fields)
+            self._job.store.finish(number, lane, chunk, checksum)
 
     def _settle_first(self) -> None:
         written = self._leaving.popleft()

@@ -7,6 +7,7 @@ from cqsa_stream.engine.meter import Meter
 from cqsa_stream.engine.operation import Operation
 from cqsa_stream.engine.sinks import Sink
 from cqsa_stream.engine.stores import Store
+from cqsa_stream.engine.timeline import Timeline
 from cqsa_stream.events import Observer
 from cqsa_stream.machine.device import Device
 from cqsa_stream.problem import Problem
@@ -36,4 +37,5 @@ class Job:
     observer: Observer
     meter: Meter
     checkpoint_every_s: float
+    timeline: Timeline
     share: Share = field(default_factory=Share)

@@ -90,6 +90,7 @@ class _Copying:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._device.synchronize()
         self._lock.__exit__(*error)
 
     @property

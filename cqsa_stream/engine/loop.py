@@ -22,7 +22,7 @@ from cqsa_stream.engine.prefetch import Prefetcher, Read
 from cqsa_stream.engine.staging import Stage
 from cqsa_stream.errors import RunStopped
 from cqsa_stream.events import Checkpointed, Progressed
-from cqsa_stream.schedulers.model.traffic import Fetch, fetches
+from cqsa_stream.schedulers.model.traffic import Fetch, fetches, queries_first
 from cqsa_stream.schedulers.operands import STREAMS
 from cqsa_stream.schedulers.residency import pieces
 from cqsa_stream.schedulers.schedules import make_schedule
@@ -105,10 +105,11 @@ class Engine:
         layout, device = self.plan.layout, self.job.device
         with ExitStack() as stack:
             self._held = [stack.enter_context(self._accumulators(number)) for number in range(len(self.covers))]
+            stage = Stage(self.problem, self.grid.rows, layout, device, self.operation, self.job.timeline)
             outbox = outbox_for(device, self.operation.sums[0], self.grid.rows.chunk_tokens, layout.leaving_rows)
+            reader = Prefetcher(self._reads(), self.job.arrays, layout, device, self.job.timeline)
             self._finishing = stack.enter_context(Finishing(self.job, outbox))
-            with Prefetcher(self._reads(), self.job.arrays, layout, device) as stream:
-                stage = Stage(self.problem, self.grid.rows, layout, device, self.operation)
+            with reader as stream:
                 for lane in range(self.problem.lanes):
                     for held in self._held:
                         held.begin_lane(lane)
@@ -140,17 +141,15 @@ class Engine:
     def _run_task(self, task: Task, stage: Stage, stream: Prefetcher) -> None:
         queries: dict[int, Tensor] = {}
         last = {row: column for column, rows in task.steps for row in rows}
-        for row in task.rows:
-            span = self.grid.rows.span(row)
-            queries[row] = stage.begin_row(row, len(span))
-            for tokens in pieces(span, self.plan.layout.query_tokens):
-                stage.queries(next(stream), queries[row][:, tokens.start - span.start : tokens.stop - span.start])
-            self._bring("rows", row, task.rows, self.schedule.next_row(row, task.number))
+        for row in queries_first(task, self.plan.layout):
+            queries[row] = self._begin_row(row, task, stage, stream)
         for column, rows in task.steps:
             self._bring("columns", column, (column,), self.schedule.next_column(column, task.number))
             for tokens in pieces(self.grid.columns.span(column), self.plan.layout.block_tokens):
                 block = stage.block(next(stream), next(stream))
                 for row in rows:
+                    if row not in queries:
+                        queries[row] = self._begin_row(row, task, stage, stream)
                     at = task.lane, row, column
                     self.operation.add(
                         task.lane,
@@ -167,6 +166,15 @@ class Engine:
                     stage.end_row(row)
                 self._covered(task.lane, row, column)
             self._safe_point(column, rows)
+
+    def _begin_row(self, row: int, task: Task, stage: Stage, stream: Prefetcher) -> Tensor:
+        """Bring a row chunk's queries and partials to the device, and return the queries."""
+        span = self.grid.rows.span(row)
+        queries = stage.begin_row(row, len(span))
+        for tokens in pieces(span, self.plan.layout.query_tokens):
+            stage.queries(next(stream), queries[:, tokens.start - span.start : tokens.stop - span.start])
+        self._bring("rows", row, task.rows, self.schedule.next_row(row, task.number))
+        return queries
 
     def _bring(self, axis: str, chunk: int, keep: tuple[int, ...], next_use: int) -> None:
         """Bring the partials of a chunk to the device, of sums by this axis that are not finished."""
@@ -232,7 +240,8 @@ class Engine:
 
     def _checkpoint(self) -> None:
         start = time.monotonic()
-        count = sum(held.commit() for held in self._held)
+        with self.job.timeline.span("commit"):
+            count = sum(held.commit() for held in self._held)
         self._last_checkpoint = self._last_safe = time.monotonic()
         self._commit_s = self._last_checkpoint - start
         self.job.observer(Checkpointed(self._commit_s, count, self.job.meter.figures()))

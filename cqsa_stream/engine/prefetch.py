@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cqsa_stream.engine.arena import PageLock, pages
+from cqsa_stream.engine.timeline import Timeline
 from cqsa_stream.machine.device import DONE, Device, Event
 from cqsa_stream.schedulers.model.memory import Layout
 from cqsa_stream.schedulers.residency import Residency
@@ -74,9 +75,10 @@ class Prefetcher:
         arrays: dict[str, TokenArray],
         layout: Layout,
         device: Device,
+        timeline: Timeline,
     ) -> None:
-        self._reads = reads
-        self._arrays = arrays
+        self._reads, self._timeline = reads, timeline
+        self._arrays, self._device = arrays, device
         memory = pages(layout.slots * layout.slot_bytes).view(layout.slots, -1)
         self._slots = [_Slot(number, part.numpy()) for number, part in enumerate(memory)]
         self._lock = PageLock(memory, device)
@@ -107,16 +109,21 @@ class Prefetcher:
         self._loaders.shutdown()
         for array in self._arrays.values():
             array.begin(in_flight=1)  # so that it discards what it holds to read with
-        self._lock.__exit__(*error)
+        if error[0] is not None:  # a copy may have begun without its event
+            self._device.synchronize()
+        for slot in self._slots:
+            slot.in_use_until.synchronize()
+        self._lock.__exit__(*error)  # while the last kernels compute
 
     def __next__(self) -> Loaded:
         """Return the next piece, waiting for it. Raises what reading it raised."""
-        loading = self._ready.get()
-        if loading is None:
-            raise StopIteration
-        if isinstance(loading, BaseException):
-            raise loading
-        return loading.result()
+        with self._timeline.span("wait"):
+            loading = self._ready.get()
+            if loading is None:
+                raise StopIteration
+            if isinstance(loading, BaseException):
+                raise loading
+            return loading.result()
 
     def __iter__(self) -> Iterator[Loaded]:
         return self
@@ -156,7 +163,8 @@ class Prefetcher:
             lead = array.lead(read.batch, read.heads, read.tokens)
             used = slot.bytes[lead : lead + int(np.prod(shape)) * dtype.itemsize]
             if not present:
-                array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
+                with self._timeline.span("read", read.array):
+                    array.read_into(read.batch, read.heads, read.tokens, used.view(dtype).reshape(shape))
                 self._lock.wait(slot.number)
         except ArrayError as error:
             raise ArrayError(f"{read.array}: {error}") from error

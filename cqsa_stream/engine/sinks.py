@@ -16,6 +16,7 @@ from cqsa_stream.schedulers.grid import Axis
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.output import chunk_is_whole, read, write_chunk
 from cqsa_stream.storage.readers.memory import MemoryArray
+from cqsa_stream.storage.readers.ranges import in_parallel
 
 __all__ = ["LaneHeads", "MemorySink", "Sink", "Stored", "ZarrSink"]
 
@@ -64,20 +65,29 @@ class Stored:
 class ZarrSink:
     """Writes fields to disk; on return they survive a crash."""
 
-    def __init__(self, arrays: Sequence[Sequence[Stored]], axes: Sequence[Axis], heads: LaneHeads) -> None:
-        """``arrays[n]`` are those of sum n, whose axis is ``axes[n]``."""
-        self._arrays, self._axes, self._heads = arrays, axes, heads
+    def __init__(
+        self, arrays: Sequence[Sequence[Stored]], axes: Sequence[Axis], heads: LaneHeads, at_a_time: int = 1
+    ) -> None:
+        """``arrays[n]`` are those of sum n, whose axis is ``axes[n]``. ``at_a_time``: files of a chunk to write."""
+        self._arrays, self._axes, self._heads, self._at_a_time = arrays, axes, heads, at_a_time
         self.bytes_written = 0
         self._counting = threading.Lock()  # several chunks may be written at a time
 
     def write(self, sum_: int, lane: int, chunk: int, fields: Fields) -> int:
         checksum, start = 0, self._axes[sum_].span(chunk).start
         first = self._heads(sum_, lane)[1].start
-        for stored, field in zip(self._arrays[sum_], fields, strict=True):
-            for cell, head, span in self._cells(stored, sum_, lane, chunk):
-                piece = field[head - first, span.start - start : span.stop - start].to(stored.dtype).cpu()
-                values = MemoryArray.of_tensor(piece).values
-                write_chunk(stored.array, cell, values)
+        parts = [
+            (stored, cell, field[head - first, span.start - start : span.stop - start])
+            for stored, field in zip(self._arrays[sum_], fields, strict=True)
+            for cell, head, span in self._cells(stored, sum_, lane, chunk)
+        ]
+        for done in range(0, len(parts), self._at_a_time):
+            pieces = [
+                (stored.array, cell, MemoryArray.of_tensor(part.to(stored.dtype).cpu()).values)
+                for stored, cell, part in parts[done : done + self._at_a_time]
+            ]
+            in_parallel(lambda piece: write_chunk(*piece), pieces, self._at_a_time)
+            for _, _, values in pieces:
                 checksum = _checksum(values, checksum)
                 with self._counting:
                     self.bytes_written += values.nbytes

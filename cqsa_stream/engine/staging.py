@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cqsa_stream.engine.operation import Operation
 from cqsa_stream.engine.prefetch import Loaded
+from cqsa_stream.engine.timeline import Timeline
 from cqsa_stream.machine.device import DONE, Device, Event
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis
@@ -24,11 +25,20 @@ __all__ = ["Stage"]
 class Stage:
     """Brings blocks of keys and values, and row chunks of queries, to the device in the kernel's dtype."""
 
-    def __init__(self, problem: Problem, rows: Axis, layout: Layout, device: Device, operation: Operation) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        rows: Axis,
+        layout: Layout,
+        device: Device,
+        operation: Operation,
+        timeline: Timeline,
+    ) -> None:
         stored, compute = getattr(torch, problem.dtype), operation.compute_dtype
         self._group, self._head_dim = problem.group, problem.head_dim
         self._factor, self._readers = operation.row_factor, operation.readers
         self._device, place, copies = device, device.torch, device.habits.own_memory
+        self._timeline = timeline
         self._aliases = not copies and stored == compute
         self._held: list[Loaded] = []
         self._turn = 0
@@ -56,11 +66,12 @@ class Stage:
         return place[: self._group * tokens * self._head_dim].view(self._group, tokens, self._head_dim)
 
     def queries(self, loaded: Loaded, target: Tensor) -> None:
-        """Copy query rows to their place; kernels that read a block afterwards find them there."""
-        with self._device.on(self._stream):
+        """Copy query rows to their place; kernels that are issued afterwards find them there."""
+        with self._device.on(self._stream), self._timeline.on_device("copy", "query"):
             self._upload(loaded, target)
             if self._factor != 1.0:
                 target.mul_(self._factor)
+        self._await_copies()
 
     def end_row(self, row: int) -> None:
         """Note that the last kernel which reads a row's queries has been issued, and merged."""
@@ -73,9 +84,9 @@ class Stage:
             return key.values, value.values
         with self._device.on(self._stream):
             self._stream.wait_event(self._free[self._turn])
-            staged = [self._copy(loaded, n) for n, loaded in enumerate((key, value))]
-        for reader in self._readers:
-            reader.wait_stream(self._stream)
+            with self._timeline.on_device("copy", "block"):
+                staged = [self._copy(loaded, n) for n, loaded in enumerate((key, value))]
+        self._await_copies()
         return staged[0], staged[1]
 
     def done(self) -> None:
@@ -86,6 +97,10 @@ class Stage:
         if self._blocks:
             self._free[self._turn] = self._device.mark()
             self._turn = (self._turn + 1) % len(self._blocks)
+
+    def _await_copies(self) -> None:
+        for reader in self._readers:
+            reader.wait_stream(self._stream)
 
     def _copy(self, loaded: Loaded, which: int) -> Tensor:
         target: Tensor = self._blocks[self._turn][which][: loaded.values.numel()].view(loaded.values.shape)

@@ -4,6 +4,7 @@ A choice is two names, made once for a run from the device, the stored dtype, wh
 the plan: it belongs to the plan and to the run's state. Kernels themselves choose nothing and read no files.
 """
 
+import warnings
 from collections.abc import Collection, Sequence
 from functools import cache
 from importlib import import_module
@@ -19,9 +20,17 @@ from cqsa_stream.kernels.online import OnlineKernel
 from cqsa_stream.kernels.torch_cpu import TorchCpuKernel
 from cqsa_stream.kernels.torch_cuda import TorchCudaKernel, operators
 
-__all__ = ["KERNELS", "Measured", "choices", "chosen", "fold_for", "kernel_of", "merges_at_once"]
+__all__ = ["KERNELS", "Measured", "choices", "chosen", "competing", "fold_for", "kernel_of", "merges_at_once"]
 
-KERNELS = ("auto", "cupy", "online")
+KERNELS = ("auto", "fa4", "torch-cuda", "cupy", "online")
+_FASTEST = ("fa4", "torch-cuda")  # of which the faster is taken; other kernels are for what these cannot do
+
+
+_NEEDS = {
+    "cupy": "it needs CuPy and a CUDA device; install cqsa-stream[cuda] and take --device cuda",
+    "fa4": "it needs flash-attn-4, a Hopper GPU, and arrays of 8 or 16 bits; install cqsa-stream[fa4]",
+    "torch-cuda": "it needs a CUDA device, and arrays of 8 or 16 bits; take --device cuda",
+}
 
 
 class Measured(Protocol):
@@ -39,6 +48,12 @@ def choices(device: torch.device, stored: torch.dtype, terms: Collection[str] = 
     return [choice for choice in found if kernel_of(choice, device, stored).abilities.terms >= set(terms)]
 
 
+def competing(found: Sequence[KernelChoice]) -> list[KernelChoice]:
+    """Return those of which the fastest is taken: the first kernel's operators, and all of them that may be as fast."""
+    rivals = {found[0].kernel, *(_FASTEST if found[0].kernel in _FASTEST else ())}
+    return [choice for choice in found if choice.kernel in rivals]
+
+
 @cache
 def _all(device: torch.device, stored: torch.dtype) -> list[KernelChoice]:
     own = KernelChoice("online", "products")
@@ -47,7 +62,11 @@ def _all(device: torch.device, stored: torch.dtype) -> list[KernelChoice]:
     others = [KernelChoice("cupy", "cublas")] if _cupy() else []
     if stored == torch.float32:
         return [*others, own]
-    return [*(KernelChoice("torch-cuda", operator) for operator in operators(device, stored)), *others, own]
+    vendors = [KernelChoice("torch-cuda", operator) for operator in operators(device, stored)]
+    own_merging = _fa4()
+    if own_merging and own_merging.runs_on(device):
+        vendors.insert(0, KernelChoice("fa4", "merging"))
+    return [*vendors, *others, own]
 
 
 def chosen(
@@ -71,14 +90,12 @@ def chosen(
         can = ", ".join(choice.kernel for choice in able) or "none"
         raise InputError(f"kernel {name!r} on {device} does not know {', '.join(terms)}; these do: {can}")
     if not found:
-        raise InputError(
-            f"kernel {name!r} cannot be on {device}: it needs CuPy and a CUDA device; install cqsa-stream[cuda] and "
-            "take --device cuda, or take --kernel auto"
-        )
-    operators = [choice.operator for choice in found if choice.kernel == found[0].kernel]
+        needs = _NEEDS.get(str(name), "it is none of this device")
+        raise InputError(f"kernel {name!r} cannot be on {device}: {needs}; or take --kernel auto")
+    operators = {choice.operator: choice for choice in competing(found)}
     dtype = str(kernel_of(found[0], device, stored).abilities.compute_dtype(stored)).removeprefix("torch.")
-    fastest = calibration.fastest(dtype, width, operators, rows, columns) if calibration else None
-    return KernelChoice(found[0].kernel, fastest or operators[0])
+    fastest = calibration.fastest(dtype, width, tuple(operators), rows, columns) if calibration else None
+    return found[0] if fastest is None else operators[fastest]
 
 
 @cache
@@ -93,7 +110,8 @@ def kernel_of(choice: KernelChoice, device: torch.device, stored: torch.dtype) -
         return TorchCudaKernel(choice.operator)
     if choice.kernel == "online":
         return OnlineKernel(tall=device.type != "cpu")
-    kernel: Kernel = import_module("cqsa_stream.kernels.cupy").CupyKernel()
+    module = import_module(f"cqsa_stream.kernels.{choice.kernel}")
+    kernel: Kernel = module.Fa4Kernel() if choice.kernel == "fa4" else module.CupyKernel()
     return kernel
 
 
@@ -108,9 +126,20 @@ def merges_at_once(device: torch.device) -> bool:
     return any(choice.kernel == "cupy" for choice in _all(device, torch.float32))
 
 
-@cache
 def _cupy() -> ModuleType | None:
+    return _module("cupy")
+
+
+def _fa4() -> ModuleType | None:
+    return _module("fa4")
+
+
+@cache
+def _module(name: str) -> ModuleType | None:
+    """Return a kernel's module where the packages that it needs are installed."""
     try:
-        return import_module("cqsa_stream.kernels.cupy")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the packages say of each other is not the user's affair
+            return import_module(f"cqsa_stream.kernels.{name}")
     except ImportError:
         return None

@@ -14,6 +14,9 @@
 ``attend_packed(q, k, v, bands, scores, ahead)`` is the same for several bands that share no row, counted from the first
 row of q and the first column of k: many small documents in one call.
 
+A kernel that ``merges`` adds a call's tiles to the partial (out, lse) of their rows by itself, in place, with weights
+as exact as those of ``kernels.fold.fold``: no tile is written, and none is rounded to 16 bits.
+
 Every kernel attends full tiles (None, None) and squares of which a row sees the columns up to its own (None, 0), or
 those from its own on (0, None). Where ``Tile.bands`` says so, any other left and right, of any rectangle, too; where
 ``Tile.skips`` does, of no more rows than columns, such that each row sees a column and each column is seen.
@@ -29,16 +32,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cqsa_stream.schedulers.masks.arrays import Bands64
-from cqsa_stream.schedulers.masks.calls import Tile
+from cqsa_stream.schedulers.masks.calls import Call, Packed, Tile
 
 __all__ = [
-    "TRIANGLES", "Abilities", "Attended", "Fold", "Kernel", "KernelChoice", "Keys", "Queries", "Scores", "Values",
+    "TRIANGLES", "Abilities", "Attended", "Fold", "Kernel", "KernelChoice", "Keys", "Merging", "Partial", "Queries",
+    "Scores", "Values",
 ]  # fmt: skip
 
 Queries = Float[Tensor, "heads q d"]
 Keys = Float[Tensor, "kv_heads k d"]
 Values = Float[Tensor, "kv_heads k dv"]
 Attended = tuple[Float[Tensor, "heads q dv"], Float[Tensor, "heads q"]]
+Partial = tuple[Float[Tensor, "heads q dv"], Float[Tensor, "heads q"]]
 
 # Merges a tile into an accumulator, in place, as ``kernels.fold.fold`` does.
 Fold = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -70,7 +75,8 @@ class Abilities:
     and ``score_columns`` keys; ``packing_bytes``: what a call of packed bands holds besides its result, and
     ``packing_numbers`` for each feature; ``calls_at_a_time``: on streams of their own; ``workspace_bytes``: what its
     libraries take from torch's allocator, once; ``whole_dims``: head dims must be equal, and multiples of it (0: any);
-    ``rounded_tiles``: each tile's output is rounded to 16 bits before it is merged.
+    ``rounded_tiles``: each tile's output is rounded to 16 bits before it is merged. ``merges``: it is a ``Merging``.
+    ``block_rows``: (head dims up to, rows that one processor takes at a time), ascending; none where that is not known.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -85,6 +91,16 @@ class Abilities:
     rounded_tiles: bool = False
     packing_bytes: int = 0
     packing_numbers: int = 0
+    merges: bool = False
+    block_rows: tuple[tuple[int, int], ...] = ()
+
+    def turn(self, head_dim: int, processors: int) -> int:
+        """Return the rows that so many processors take at a time; 1 where that is not known."""
+        return next((processors * rows for most, rows in self.block_rows if head_dim <= most), 1) or 1
+
+    def merging(self, head_dim: int, value_dim: int) -> bool:
+        """Return whether the kernel merges tiles of these head dims itself: those that it takes as they are."""
+        return self.merges and not any(dim % max(1, self.whole_dims) for dim in (head_dim, value_dim))
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """Return the dtype in which tiles must stand on the device: the stored one, or the first that holds it."""
@@ -112,6 +128,15 @@ class Kernel(Hashable, Protocol):
 
     def attend_packed(self, q: Queries, k: Keys, v: Values, bands: Bands64, scores: Scores, ahead: int = 0) -> Attended:
         """Return (out, lse) of the rows of several bands."""
+
+
+class Merging(Kernel, Protocol):
+    """A back end that merges its tiles itself."""
+
+    def merge(
+        self, partial: Partial, q: Queries, k: Keys, v: Values, call: Call | Packed, scores: Scores, ahead: int = 0
+    ) -> None:
+        """Merge what the rows see of the columns, those of the call's reach, into their partial, in place."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ bands of a call are tight, so both bounds are at least 0 from either corner.
 
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cqsa_stream.kernels.contract import Abilities, Attended, Keys, Queries, Scores, Values
-from cqsa_stream.schedulers.masks.arrays import Bands64, band_at
+from cqsa_stream.kernels.sequences import sequences
+from cqsa_stream.schedulers.masks.arrays import Bands64
 from cqsa_stream.schedulers.masks.calls import Tile
 
 __all__ = ["OPERATORS", "TorchCudaKernel", "operators"]
@@ -88,19 +88,10 @@ def _windowed(
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, bands: Bands64, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend bands of rows that follow one another; rows between them are sequences without keys."""
-    r0, r1, c0, c1, *_ = bands
-    edges = np.unique(np.concatenate([[0, q.shape[1]], r0, r1]))
-    starts, lengths = np.zeros(len(edges), np.int64), np.zeros(len(edges) - 1, np.int64)
-    place = np.searchsorted(edges, r0)
-    starts[place], lengths[place] = c0, c1 - c0
-    last = band_at(bands, bands.shape[1] - 1)  # all see as far to both sides, counted from their last row and column
-    left = None if last.lo is None else last.c1 - last.r1 - last.lo
-    right = None if last.hi is None else last.hi + last.r1 - last.c1
-    rows, keys, used = (torch.from_numpy(x.astype(np.int32)).to(q.device) for x in (edges, starts, lengths))
+    packed = sequences(bands, q.shape[1], q.device)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *(x.transpose(0, 1) for x in (q, k, v)), rows, keys, int(np.diff(edges).max()), int(lengths.max()), 0.0, False,
-        False, scale=scale, window_size_left=left, window_size_right=right, seqused_k=used,
+        *(x.transpose(0, 1) for x in (q, k, v)), packed.rows, packed.keys, packed.most_rows, packed.most_keys, 0.0,
+        False, False, scale=scale, window_size_left=packed.left, window_size_right=packed.right, seqused_k=packed.used,
     )  # fmt: skip
     return out.transpose(0, 1), lse[:, : q.shape[1]]
 

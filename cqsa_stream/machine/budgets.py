@@ -32,6 +32,7 @@ __all__ = [
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _THREAD_BYTES = 1 << 20  # a kernel's scratch for each compute thread
+_CALL_S = 1e-4  # nominal, of a kernel call besides its work
 FREE_SHARE = 0.8
 
 
@@ -64,13 +65,14 @@ def describe(
     if not habits.own_memory and device_memory is not None:
         raise InputError(f"device_memory with device {device}: there is one pool there; give host_memory alone")
     kernel = kernel_of(choice, device.torch, stored)
-    compute = kernel.abilities.compute_dtype(stored)
+    can = kernel.abilities
+    compute = can.compute_dtype(stored)
     dtype = str(compute).removeprefix("torch.")
     calibration = load(device)
     known = calibration.rates(dtype, choice.operator, problem.head_dim, problem.value_dim) if calibration else None
     nominal = nominal_rates(device, compute, problem.head_dim + problem.value_dim)
     measured = known or _tried(nominal, device, kernel, problem)
-    free, tile = free_host_bytes(), kernel.abilities.tile
+    free, tile = free_host_bytes(), can.tile
     on_device = device.free_bytes()
     return Machine(
         kernel=choice.kernel,
@@ -81,9 +83,12 @@ def describe(
         host_reserved_bytes=habits.host_reserved_bytes + _THREAD_BYTES * torch.get_num_threads(),
         rates=known or nominal,
         measured=measured,
-        tile=replace(tile, rows=min(tile.rows, known.tiles.best_rows())) if known else tile,
+        tile=tile if known is None or can.merges else replace(tile, rows=min(tile.rows, known.tiles.best_rows())),
         step_flops=habits.step_flops[compute.itemsize > 2],
-        device_reserved_bytes=_reserved_bytes(device, kernel, compute) if habits.own_memory else None,
+        turn=can.turn(problem.head_dim, device.processors),
+        device_reserved_bytes=_reserved_bytes(device, kernel, compute, problem.head_dim, problem.value_dim)
+        if habits.own_memory
+        else None,
         device_free_bytes=on_device,
         host_free_bytes=free,
         host_total_bytes=psutil.virtual_memory().total,
@@ -94,7 +99,7 @@ def describe(
 def nominal_rates(device: Device, compute: torch.dtype, width: int) -> Rates:
     """Return rates for a machine that was not measured, for head dims that sum up to ``width``."""
     flops = device.habits.flops_per_s[compute.itemsize > 2] * max(1, device.threads)
-    return Rates(TileTimes.nominal(flops, width, 1e-4), device.habits.nominal)
+    return Rates(TileTimes.nominal(flops, width, _CALL_S, device.habits.triangles), device.habits.nominal)
 
 
 def free_budgets(device: Device) -> tuple[int | None, int]:
@@ -142,7 +147,8 @@ def _free_disk_bytes(path: Path) -> int:
 def _tried(rates: Rates, device: Device, kernel: Kernel, problem: Problem) -> Rates:
     """Return the rates with the kernel's times as a quick trial finds them."""
     flops = _measured_flops(device, kernel, problem.dtype, problem.head_dim, problem.value_dim, problem.terms)
-    return replace(rates, tiles=TileTimes.nominal(flops, problem.head_dim + problem.value_dim, 1e-4))
+    tiles = TileTimes.nominal(flops, problem.head_dim + problem.value_dim, _CALL_S, device.habits.triangles)
+    return replace(rates, tiles=tiles)
 
 
 @cache
@@ -150,9 +156,8 @@ def _measured_flops(device: Device, kernel: Kernel, stored: str, head_dim: int, 
     """Time the kernel on one tile, small enough to take a moment and large enough to show: the median of 3."""
     tile, dtype = kernel.abilities.tile, kernel.abilities.compute_dtype(getattr(torch, stored))
     rows, columns = (min(pair) for pair in zip(device.habits.trial, (tile.rows, tile.columns), strict=True))
-    q = torch.zeros(1, rows, head_dim, dtype=dtype, device=device.torch)
-    k = torch.zeros(1, columns, head_dim, dtype=dtype, device=device.torch)
-    v = torch.zeros(1, columns, value_dim, dtype=dtype, device=device.torch)
+    shapes = (rows, head_dim), (columns, head_dim), (columns, value_dim)
+    q, k, v = (torch.randn(1, *shape, device=device.torch).to(dtype) for shape in shapes)  # zeros would be faster
     slopes = torch.ones(1, device=device.torch) if terms.alibi_slopes else None
     scores = Scores(1.0, terms.soft_cap, slopes)
     seconds = []
@@ -165,17 +170,17 @@ def _measured_flops(device: Device, kernel: Kernel, stored: str, head_dim: int, 
 
 
 @cache
-def _reserved_bytes(device: Device, kernel: Kernel, dtype: torch.dtype) -> int | None:
+def _reserved_bytes(device: Device, kernel: Kernel, dtype: torch.dtype, head_dim: int, value_dim: int) -> int | None:
     """Return what the driver holds for this process besides torch's memory: context, code, handles of libraries.
 
     All that a run needs of these is there once the kernel and the merge have run. None where the driver is silent.
     """
     place = device.torch
-    q, out = torch.zeros(1, 64, 64, dtype=dtype, device=place), torch.zeros(1, 64, 64, device=place)
-    lse = torch.full((1, 64), -torch.inf, dtype=torch.float64, device=place)
+    q, v = (torch.zeros(1, 64, dim, dtype=dtype, device=place) for dim in (head_dim, value_dim))
+    out, lse = v.float(), torch.full((1, 64), -torch.inf, dtype=torch.float64, device=place)
     with device.current(), device.on(device.new_stream()):
         for left, right in TRIANGLES:
-            fold_for(place)(out, lse, *kernel.attend(q, q, q, left, right, Scores(1.0)))
+            fold_for(place)(out, lse, *kernel.attend(q, q, v, left, right, Scores(1.0)))
         for rounded in (torch.bfloat16, torch.float16):
             out.to(rounded)
         lse.float()

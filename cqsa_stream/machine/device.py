@@ -6,6 +6,7 @@ waits for; nobody here waits. Work on a host is done when the call returns: its 
 
 import platform
 import re
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from cqsa_stream.machine.driver import process_bytes
 from cqsa_stream.machine.habits import CUDA, HOST
 from cqsa_stream.schedulers.model.habits import Habits
 
-__all__ = ["DONE", "Cuda", "Device", "Event", "Host", "Stream", "device_of"]
+__all__ = ["DONE", "Cuda", "Device", "Event", "Host", "Stream", "Tick", "device_of"]
 
 
 class Event(Protocol):
@@ -26,6 +27,10 @@ class Event(Protocol):
 
     def synchronize(self) -> None:
         """Wait for it, in this thread."""
+
+
+Tick = Any
+"""A moment that a device remembers."""
 
 
 class Stream(Protocol):
@@ -77,6 +82,11 @@ class Host:
         """How many threads of this process compute; 0 on a device of its own."""
         return get_num_threads()
 
+    @property
+    def processors(self) -> int:
+        """How many multiprocessors a device of its own has; 0 on a host."""
+        return 0
+
     def current(self) -> AbstractContextManager[object]:
         """Make it current."""
         return nullcontext()
@@ -96,6 +106,14 @@ class Host:
     def mark(self) -> Event:
         """Return the event that all work issued on the current stream so far is done."""
         return DONE
+
+    def tick(self) -> Tick:
+        """Return the moment at which the work issued on the current stream so far is done, to be read later."""
+        return time.monotonic()
+
+    def between_s(self, first: Tick, last: Tick) -> float:
+        """Return the seconds from one such moment to another; both are past."""
+        return float(last - first)
 
     def synchronize(self) -> None:
         """Wait for all work, in this thread."""
@@ -145,6 +163,10 @@ class Cuda:
     def threads(self) -> int:
         return 0
 
+    @property
+    def processors(self) -> int:
+        return int(cuda.get_device_properties(self.torch).multi_processor_count)
+
     def current(self) -> AbstractContextManager[object]:
         return cuda.device(self.torch)
 
@@ -163,6 +185,14 @@ class Cuda:
         event = cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+    def tick(self) -> Tick:
+        event = cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def between_s(self, first: Tick, last: Tick) -> float:
+        return float(first.elapsed_time(last)) / 1e3
 
     def synchronize(self) -> None:
         cuda.synchronize(self.torch)

@@ -2,10 +2,10 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TextIO
 
-from cqsa_stream.events import Event, Progressed
+from cqsa_stream.events import Ended, Event, Progressed
 
 __all__ = ["JsonLines"]
 
@@ -22,4 +22,6 @@ class JsonLines:
             if time.monotonic() - self._last < 1:
                 return
             self._last = time.monotonic()
+        if isinstance(event, Ended):  # its spans are thousands
+            event = replace(event, spans=())
         print(json.dumps({"type": type(event).__name__.lower(), **asdict(event)}), file=self._file, flush=True)

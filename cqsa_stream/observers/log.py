@@ -1,10 +1,11 @@
 """The event log of a run directory: news for ``status``."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from cqsa_stream.events import Checkpointed, Ended, Event, Progressed, Started
+from cqsa_stream.events import Checkpointed, Ended, Event, Progressed, Span, Started
 
 __all__ = ["EventLog"]
 
@@ -17,6 +18,9 @@ class News(Protocol):
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Append one line to the event log."""
+
+    def write_timeline(self, spans: Sequence[Span]) -> None:
+        """Replace the spans of the last session."""
 
 
 class EventLog:
@@ -40,3 +44,4 @@ class EventLog:
         elif isinstance(event, Ended):
             compared = {"predicted": event.predicted, "measured": event.measured}
             self._directory.append_event({"event": "ended", "reason": event.reason, **compared, **figures})
+            self._directory.write_timeline(event.spans)

@@ -10,6 +10,7 @@ import torch
 
 from cqsa_stream.engine.calls import Calls
 from cqsa_stream.engine.operation import Fields, Side
+from cqsa_stream.engine.timeline import Timeline
 from cqsa_stream.kernels.contract import Fold, Kernel, Scores
 from cqsa_stream.machine.device import Device
 from cqsa_stream.problem import Problem, dtype_bytes
@@ -32,7 +33,9 @@ class Forward:
 
     streams = STREAMS
 
-    def __init__(self, problem: Problem, tile: Tile, kernel: Kernel, fold: Fold, device: Device) -> None:
+    def __init__(
+        self, problem: Problem, tile: Tile, kernel: Kernel, fold: Fold, device: Device, timeline: Timeline
+    ) -> None:
         self._problem, scale = problem, problem.scale
         # kernels mask before they scale: only a positive scale keeps -inf
         self.row_factor, scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
@@ -45,7 +48,7 @@ class Forward:
             for of_heads in (problem.terms.alibi_slopes, problem.terms.sinks)
         )
         self._scores, self._sinks = Scores(scale, problem.terms.soft_cap, slopes), sinks
-        self._calls = Calls(kernel, fold, device)
+        self._calls = Calls(kernel, fold, device, timeline)
         self.readers = self._calls.streams
 
     def add(self, lane: int, rows: Side, columns: Side) -> None:

@@ -8,6 +8,7 @@ lse.zarr        the log-sum-exp of finished rows, unless --lse names another pla
 results.zarr    a Zarr group of links to output and lse, so that xarray opens both by name
 events.jsonl    each session's options, plan, checkpoints and end
 session.json    the latest figures of the last session, and the process it runs in
+timeline.json   what the threads and the device of the last session did when, as far as its spans were kept
 lock            held while a process works in the run
 """
 
@@ -19,7 +20,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import filelock
 
 from cqsa_stream.errors import InputError, LockedError
+from cqsa_stream.events import Span
 from cqsa_stream.operations.forward import forward_sums
 from cqsa_stream.problem import Problem
 from cqsa_stream.run.manifest import Manifest
@@ -39,7 +41,9 @@ from cqsa_stream.storage.retrying import retrying
 __all__ = ["RunDirectory"]
 
 _MANIFEST, _STATE, _SESSION, _EVENTS = "run.json", "state.json", "session.json", "events.jsonl"
-_FILES, _FOLDERS = (_MANIFEST, _STATE, _SESSION, _EVENTS), ("partials", "lse.zarr", "results.zarr", "arrays")
+_TIMELINE = "timeline.json"
+_FILES = (_MANIFEST, _STATE, _SESSION, _EVENTS, _TIMELINE)
+_FOLDERS = ("partials", "lse.zarr", "results.zarr", "arrays")
 _BEFORE_A_RUN = {"lock", _SESSION, _STATE, "results.zarr", "arrays"}
 _MOST_JSON_BYTES, _MOST_ARRAY_BYTES = 1 << 20, 1 << 30
 _SILENT_S = 60.0  # after which a process on another machine counts as gone, for who watches
@@ -112,6 +116,10 @@ class RunDirectory:
             make_directory(self.path / "arrays")
             replace_file(self.path / "arrays" / f"{name}.npy", [content])
         self.write_state(state)
+        self.write_manifest(manifest)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Replace the manifest, durably."""
         replace_file(self.path / _MANIFEST, [manifest.to_json()])
 
     def discard(self) -> None:
@@ -186,13 +194,20 @@ class RunDirectory:
     def write_session(self, figures: dict[str, Any]) -> None:
         """Replace the latest figures; not fsynced, and let be where it fails: they are news, not state."""
         me = os.getpid()
-        fields = {"pid": me, "process": _process(me), "host": socket.gethostname(), **figures}
-        temporary = temporary_name(self.path / _SESSION)
+        self._write_news(_SESSION, {"pid": me, "process": _process(me), "host": socket.gethostname(), **figures})
+
+    def write_timeline(self, spans: Sequence[Span]) -> None:
+        """Replace the spans of the last session; news, too."""
+        lists = [[s.kind, s.where, round(s.start_s, 6), round(s.stop_s, 6), s.about] for s in spans]
+        self._write_news(_TIMELINE, {"fields": ["kind", "where", "start_s", "stop_s", "about"], "spans": lists})
+
+    def _write_news(self, name: str, content: dict[str, Any]) -> None:
+        temporary = temporary_name(self.path / name)
         with suppress(OSError):
             try:
                 with temporary.open("x") as file:  # a new file, not what a link of this name leads to
-                    file.write(json.dumps(fields))
-                temporary.replace(self.path / _SESSION)
+                    file.write(json.dumps(content))
+                temporary.replace(self.path / name)
             finally:
                 temporary.unlink(missing_ok=True)
 

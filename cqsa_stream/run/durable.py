@@ -18,6 +18,7 @@ from cqsa_stream.options import Options
 from cqsa_stream.run import admission
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.inputs import refuse_changed_inputs, refuse_other_inputs
+from cqsa_stream.run.looking import Looking, known, opened_again
 from cqsa_stream.run.manifest import Manifest, beside
 from cqsa_stream.run.outputs import Results
 from cqsa_stream.run.running_out import saying_how_much_disk
@@ -28,6 +29,7 @@ from cqsa_stream.schedulers.plan import Plan
 
 __all__ = ["OnDisk", "compute"]
 
+_FILES_AT_A_TIME = 4  # of a row chunk, which leaves a device of its own whole
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +65,8 @@ class OnDisk:
         refuse_other_inputs(self._target, self._command.arrays)
         admission.refuse_strange_places(manifest, self.directory, (self._target.out, self._target.lse))
         check_inputs(self._command.arrays)
-        refuse_changed_inputs(manifest, fingerprints(self._command.arrays))
+        self._prints = fingerprints(self._command.arrays)
+        refuse_changed_inputs(manifest, self._prints)
         if not self._is_whole(Results(self.directory, manifest), stop):
             return True
         self.directory.sweep()
@@ -87,9 +90,14 @@ class OnDisk:
             manifest = self.directory.manifest()
             held.enter_context(saying_how_much_disk(self.directory, manifest, plan))
             self.directory.write_state(state)
+            if not all(about["fingerprint"] for about in manifest.inputs.values()):
+                self.directory.write_manifest(known(manifest, self._prints))
+            looking = None
         else:
-            manifest = self._begin(plan, state, held)
+            manifest, looking = self._begin(plan, state, held)
         store, results = self.directory.store(manifest), Results(self.directory, manifest)
+        if looking is not None:
+            store.ready = looking.wait
         store.prepare()
         self.directory.sweep()
         results.prepare()
@@ -97,7 +105,8 @@ class OnDisk:
             where = f"{results.output}: what was written of row chunk {row} of lane {lane}"
             _log.warning("%s is damaged or gone; it is computed again", where)
             store.unfinish(0, lane, row)
-        return Workplace(results.sink(), store, (EventLog(self.directory, asdict(state.options)),))
+        sink = results.sink(1 if plan.layout.in_place else _FILES_AT_A_TIME)
+        return Workplace(sink, store, (EventLog(self.directory, asdict(state.options)),))
 
     def stopped(self, reason: str, stop: Stopper) -> RunStopped:
         return stop.error(reason)
@@ -139,10 +148,15 @@ class OnDisk:
         held.enter_context(self.directory.locked())
         held.enter_context(Results(self.directory, manifest).locked())
 
-    def _begin(self, plan: Plan, state: State, held: ExitStack) -> Manifest:
-        """Look at the inputs, then write what the run is. Raises LockedError where another process was first."""
-        check_inputs(self._command.arrays)
-        manifest = self._new_manifest(plan)
+    def _begin(self, plan: Plan, state: State, held: ExitStack) -> tuple[Manifest, Looking | None]:
+        """Look at the inputs, then write what the run is; a device of its own computes while we look.
+
+        Raises LockedError where another process was first.
+        """
+        arrays = self._command.arrays
+        check_inputs(arrays)
+        again = None if plan.layout.in_place else opened_again(arrays, self._target.layout)
+        manifest = self._new_manifest(plan, dict.fromkeys(arrays, "") if again else fingerprints(arrays))
         held.enter_context(saying_how_much_disk(self.directory, manifest, plan))
         self._hold(manifest, held)
         if self._target.fresh:
@@ -153,11 +167,10 @@ class OnDisk:
         else:
             admission.refuse_occupied(self._target, self.directory)  # another run may have come here meanwhile
         self.directory.begin(manifest, state)
-        return manifest
+        return manifest, held.enter_context(Looking(again, self.directory, manifest)) if again else None
 
-    def _new_manifest(self, plan: Plan) -> Manifest:
+    def _new_manifest(self, plan: Plan, prints: dict[str, str]) -> Manifest:
         arrays, target = self._command.arrays, self._target
-        prints = fingerprints(arrays)
         return Manifest(
             problem=self._command.problem,
             rows=plan.grid.rows,

@@ -31,8 +31,10 @@ def refuse_other_inputs(target: Target, arrays: dict[str, TokenArray]) -> None:
 
 
 def refuse_changed_inputs(manifest: Manifest, prints: dict[str, str]) -> None:
-    """Raise MismatchError where a fingerprint is not that of the array with which the run began."""
-    changed = [name for name, found in prints.items() if manifest.inputs[name]["fingerprint"] != found]
+    """Raise MismatchError where a fingerprint is not that of the array with which the run began. A run that ended
+    before it had taken them has stored nothing.
+    """
+    changed = [name for name, found in prints.items() if manifest.inputs[name]["fingerprint"] not in ("", found)]
     if changed:
         raise MismatchError(
             f"{', '.join(changed)}: not the content that the run began with; bring the inputs back as they were, or "

@@ -22,7 +22,7 @@ from cqsa_stream.storage.readers.locations import is_url
 
 __all__ = ["Manifest", "beside", "sealed", "unsealed"]
 
-_FORMAT = 5
+_FORMAT = 6
 _MOST_LISTED = 256  # numbers of an array that stand in the manifest itself
 _ID, _SHA256 = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
 _INPUTS = {"query", "key", "value"}
@@ -31,10 +31,11 @@ _ABOUT_INPUT = {"source", "beside", "fingerprint"}
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run is. ``inputs``: source and fingerprint of each, and ``beside``, its path relative to the run directory
-    ("" where it has none); ``layout``: their axes as they are stored; ``out_tokens``: tokens of a stored output chunk;
-    ``output`` and ``lse`` are paths relative to the run directory. ``id`` is drawn when the run begins: nothing that an
-    earlier run left in the same place is taken for its own.
+    """What a run is. ``inputs``: source and fingerprint of each ("" until it is taken: nothing is stored before), and
+    ``beside``, its path relative to the run directory ("" where it has none); ``layout``: their axes as they are
+    stored; ``out_tokens``: tokens of a stored output chunk; ``output`` and ``lse`` are paths relative to the run
+    directory. ``id`` is drawn when the run begins: nothing that an earlier run left in the same place is taken for its
+    own.
     """
 
     problem: Problem

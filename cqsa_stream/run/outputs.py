@@ -50,15 +50,17 @@ class Results:
             if not holds_array(path):
                 create_array(path, *expected)
 
-    def sink(self) -> ZarrSink:
-        """Open both arrays. Raises ArrayError where they are missing, or not described as they must be."""
+    def sink(self, at_a_time: int = 1) -> ZarrSink:
+        """Open both arrays, to write so many files of a chunk at a time. Raises ArrayError where they are missing, or
+        not described as they must be.
+        """
         for path, expected in self._wanted.items():
             if holds_array(path) and (wrong := _misdescribed(path, expected)):
                 raise ArrayError(wrong)
         problem, rows = self._manifest.problem, self._manifest.rows
         lse = Stored(open_output(self.lse), torch.float32, rows.chunk_tokens)
         out = Stored(open_output(self.output), getattr(torch, problem.out_dtype), self._manifest.out_tokens)
-        return ZarrSink([[lse, out]], [rows], problem.output_heads)
+        return ZarrSink([[lse, out]], [rows], problem.output_heads, at_a_time)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -98,8 +100,11 @@ class Results:
         The size of every stored chunk is looked at, and ``_LOOKED_AT_BYTES`` are read: all that there is of a small
         run. ``checked`` reads all of any.
         """
+        finished = list(self._finished())
+        if not finished:
+            return
         sink, left, [by_rows] = self.sink(), _LOOKED_AT_BYTES, forward_sums(self._manifest.problem)
-        for header in reversed(list(self._finished())):
+        for header in reversed(finished):
             place = header.sum, header.lane, header.chunk
             left -= len(self._manifest.rows.span(header.chunk)) * by_rows.left_bytes
             if not sink.is_there(*place) or (left >= 0 and not sink.holds(*place, header.checksum)):

@@ -12,6 +12,7 @@ from cqsa_stream.engine.loop import Engine, Job
 from cqsa_stream.engine.meter import HostPeak, Meter
 from cqsa_stream.engine.sinks import MemorySink, Sink
 from cqsa_stream.engine.stores import NoStore, Store
+from cqsa_stream.engine.timeline import Timeline
 from cqsa_stream.errors import RunStopped
 from cqsa_stream.events import Ended, Observer, Started
 from cqsa_stream.inputs import check_inputs
@@ -165,11 +166,12 @@ class Session:
         observer = everyone((*place.logs, *self.observers))
         meter = Meter(problem, plan.grid, self.arrays, place.store, place.sink, device).since(self.host)
         with self.stop, device.current():
+            timeline = Timeline(device)
             engine = Engine(
                 Job(
                     problem=problem,
                     plan=plan,
-                    operation=Forward(problem, plan.layout.tile, self.kernel, fold_for(device.torch), device),
+                    operation=Forward(problem, plan.layout.tile, self.kernel, fold_for(device.torch), device, timeline),
                     arrays=self.arrays,
                     sink=place.sink,
                     store=place.store,
@@ -178,6 +180,7 @@ class Session:
                     observer=observer,
                     meter=meter,
                     checkpoint_every_s=self.options.interval_s,
+                    timeline=timeline,
                 )
             )
             observer(Started(str(problem), plan.to_dict(), meter.figures()))
@@ -189,4 +192,4 @@ class Session:
                 raise
             finally:
                 figures = meter.figures()
-                observer(Ended(reason, figures, plan.predicted(), figures.measured()))
+                observer(Ended(reason, figures, plan.predicted(), figures.measured(), timeline.spans()))

@@ -19,7 +19,8 @@ class Habits:
     ``block_tokens``, ``column_tokens``: of the largest block and column chunk; ``block_buffers``: for blocks that are
     copied or upcast, which take turns; ``whole_tokens``: parts of chunks are whole numbers of so many.
     ``step_flops``: the most between two moments at which a run can stop; ``flops_per_s``: nominal, for each compute
-    thread where there are any. Each of tiles of 16 bits, and of wider ones.
+    thread where there are any. Each of tiles of 16 bits, and of wider ones. ``triangles``: nominal, the seconds of a
+    causal tile, alone and of several in one call, over those of a full one.
     ``calls_in_a_row``: issued before their time is taken; ``trial``: rows and columns of the call by which an
     unmeasured kernel is timed.
     ``host_reserved_bytes``: libraries' own, code pages, stacks, handles; measured. ``nominal``: the speeds of a machine
@@ -37,6 +38,7 @@ class Habits:
     whole_tokens: int
     step_flops: tuple[float, float]
     flops_per_s: tuple[float, float]
+    triangles: tuple[float, float]
     calls_in_a_row: int
     trial: tuple[int, int]
     host_reserved_bytes: int

@@ -45,7 +45,8 @@ class Workload:
     partials can leave memory for it.
     ``calls_at_a_time``: kernel calls whose tiles are there at a time; ``score_bytes``: what one holds for each score,
     of ``score_columns`` keys at a time; ``workspace_bytes``: what its libraries take on a device. ``merged_at_once``: a
-    tile is merged by one kernel, with nothing besides. ``lower_edges``: some tiles have one.
+    tile is merged by one kernel, with nothing besides; ``merges``: by the kernel that attends, so that there is none.
+    ``lower_edges``: some tiles have one.
     ``resident_output_bytes``: an output that stays in memory; ``kept_bytes``: what readers remember.
     """
 
@@ -70,6 +71,7 @@ class Workload:
     packing_bytes: int = 0
     workspace_bytes: int = 0
     merged_at_once: bool = False
+    merges: bool = False
     lower_edges: bool = False
     column_bytes: int = 0
     partial_itemsize: int = 4
@@ -236,6 +238,8 @@ def _disk(work: Workload, rows: Axis, columns: Axis, stored_partials: int) -> di
 
 def _tile(work: Workload, rows: int, layout: Layout) -> list[int]:
     """What one kernel call and its merge hold: out, lse and float64 weights, zero-padded operands, scores."""
+    if work.merges:
+        return [work.packing_bytes]
     width = max(work.head_dim, work.value_dim)
     heads_rows = work.group * rows
     parts = [heads_rows * work.partial_itemsize * width, heads_rows * (4 + 5 * 8)]

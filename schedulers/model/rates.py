@@ -25,13 +25,18 @@ class TileTimes:
     threads: int = 0
 
     @classmethod
-    def nominal(cls, flops_per_s: float, width: int, call_s: float) -> "TileTimes":
-        """Return the times of a kernel of this rate for head dims that sum up to ``width``: small tiles cost more."""
+    def nominal(
+        cls, flops_per_s: float, width: int, call_s: float, triangles: tuple[float, float] = (1.0, 0.7)
+    ) -> "TileTimes":
+        """Return the times of a kernel of this rate for head dims that sum up to ``width``: small tiles cost more.
+
+        ``triangles``: what ``causal`` and ``stacked`` are.
+        """
         sizes = tuple(2**n for n in range(7, 17, 3))
         seconds = tuple(
             tuple(call_s + 2.0 * width * r * c * (1 + 40 / c + 64 / r) / flops_per_s for c in sizes) for r in sizes
         )
-        return cls(sizes, sizes, seconds, 1.0, 0.7)
+        return cls(sizes, sizes, seconds, *triangles)
 
     def scaled(self, factor: float) -> "TileTimes":
         """Return the times of a kernel that takes ``factor`` times as long: of another head dim."""

@@ -49,8 +49,10 @@ def cost(
     checkpoint_every_s: float,
     cold_bytes: int,
     touched_bytes: int,
+    readers: int = 1,
+    writers: int = 1,
 ) -> Cost:
-    """Price a plan whose kernel calls take ``kernel`` seconds in all.
+    """Price a plan whose kernel calls take ``kernel`` seconds in all, beside so many threads that read and write.
 
     ``cold_bytes`` come from the disk, the rest of what is fetched from the system's page cache.
     """
@@ -61,13 +63,15 @@ def cost(
     finished, finish = grid.rows.filled * work.lanes, files * speeds.file_s + data / speeds.write_bytes_per_s
     handing = traffic.blocks * speeds.block_s
     compute = _spilling_s(traffic, speeds) + (kernel + handing if layout.in_place else max(kernel, handing))
-    compute += staging + reader if layout.in_place else 0.0  # threads of a kernel wait for the slowest of them
-    compute += finished * files * speeds.file_lost_s
+    if layout.in_place:  # threads of a kernel wait for the slowest of them
+        compute += staging + reader + finished * files * speeds.file_lost_s
     warm_bytes = traffic.fetched_bytes - cold_bytes
-    read = max(reader, cold_bytes / speeds.read_bytes_per_s + warm_bytes * speeds.read_cpu_s)
-    write = finished * finish
-    first = schedule.rows_per_task * work.group * grid.rows.chunk_tokens * work.head_dim * work.stored_itemsize
-    fill = (min(first, traffic.fetched_bytes) + 2 * layout.slot_bytes) / speeds.read_bytes_per_s
+    fetching = cold_bytes / speeds.read_bytes_per_s + warm_bytes * speeds.read_cpu_s / readers
+    read = max(reader / readers, fetching)
+    write = finished * finish / writers
+    rows = schedule.rows_per_task if layout.in_place else 1  # whose queries come before the first call
+    first = rows * work.group * grid.rows.chunk_tokens * work.head_dim * work.stored_itemsize
+    fill = min(first + 2 * layout.slot_bytes, traffic.fetched_bytes) * fetching / max(1, traffic.fetched_bytes)
     drain = finish * min(schedule.ending_together(), grid.rows.filled)
     waiting = _waits(schedule, layout) * finish * work.lanes
     seconds = fill + max(compute + waiting, staging, read, write) + drain

@@ -18,7 +18,7 @@ from cqsa_stream.schedulers.model.memory import (
 from cqsa_stream.schedulers.residency import Residency, Standing, pieces
 from cqsa_stream.schedulers.tasks import NEVER, Schedule, Task
 
-__all__ = ["Fetch", "Stored", "Traffic", "blocks_of_chunk", "fetches", "moved"]
+__all__ = ["Fetch", "Stored", "Traffic", "blocks_of_chunk", "fetches", "moved", "queries_first"]
 
 _MOST_COUNTED = 20_000  # fetches; more would take longer than planning should
 _TASKS_SAMPLED, _CHUNKS_SAMPLED, _PARTS_SAMPLED = 12, 12, 8
@@ -83,21 +83,36 @@ class Fetch(NamedTuple):
 
 
 def fetches(schedule: Schedule, task: Task, layout: Layout) -> Iterator[Fetch]:
-    """Yield what a task uses, in that order: its rows' queries, then keys and values by blocks."""
+    """Yield what a task uses, in that order: keys and values by blocks, and a row's queries with its first block."""
     rows, columns = schedule.grid.rows, schedule.grid.columns
     per_row, per_column = -(-rows.chunk_tokens // layout.query_tokens), -(-columns.chunk_tokens // layout.block_tokens)
     first_block = rows.chunks * per_row
     period = first_block + 2 * columns.chunks * per_column  # places in a task, those of all chunks
-    for row in task.rows:
+
+    def queries(row: int) -> Iterator[Fetch]:
         later = schedule.next_row(row, task.number)
         for index, tokens in enumerate(pieces(rows.span(row), layout.query_tokens)):
             yield Fetch("query", tokens, later if later == NEVER else later * period + row * per_row + index)
-    for column in task.columns:
+
+    begun = set(queries_first(task, layout))
+    for row in queries_first(task, layout):
+        yield from queries(row)
+    for column, its_rows in task.steps:
         later = schedule.next_column(column, task.number)
         for index, tokens in enumerate(pieces(columns.span(column), layout.block_tokens)):
             place = later if later == NEVER else later * period + first_block + 2 * (column * per_column + index)
             yield Fetch("key", tokens, place)
             yield Fetch("value", tokens, place + 1)
+            for row in (row for row in its_rows if row not in begun):
+                yield from queries(row)
+            begun.update(its_rows)
+
+
+def queries_first(task: Task, layout: Layout) -> tuple[int, ...]:
+    """Return the rows whose queries come before the first block: all where kernels read blocks in the buffers that
+    queries come through, too; elsewhere none, so that kernels start with the first block.
+    """
+    return task.rows if layout.in_place else ()
 
 
 @dataclass(frozen=True)

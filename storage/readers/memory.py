@@ -60,6 +60,9 @@ class MemoryArray:
         copy_rows(buffer, self.values[batch, heads.start : heads.stop, tokens.start : tokens.stop])
         self.bytes_read += buffer.nbytes
 
+    def cached_share(self) -> float:
+        return 0.0
+
     def check(self) -> None:
         """Nothing is stored, nothing can be missing."""
 

@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -21,11 +21,12 @@ import numpy as np
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.readers.chunks import split
-from cqsa_stream.storage.readers.files import StoredFile
+from cqsa_stream.storage.readers.files import StoredFile, all_cached, opened
 from cqsa_stream.storage.readers.ranges import BESIDES_BYTES, PAGE, PART_BYTES, Unit, Wanted, read_units
 
 __all__ = ["CACHED_BYTES", "CURES", "RawArray", "UnitFiles", "WholeFiles", "lazy_product"]
 
+_LOOKS = 32  # at rows, to tell what of an array is in the page cache
 CACHED_BYTES = 8 << 20  # arrays up to this size are read through the page cache: they cannot fill it
 CURES = (
     "writers may leave out chunks that hold only the fill value: write them with write_empty_chunks=True "
@@ -143,6 +144,18 @@ class RawArray:
         if not self._good.size:  # not before: metadata may claim more units than memory holds flags
             self._good = np.zeros(self._cells, bool)
         return bool(self._good[cell])
+
+    def cached_share(self) -> float:
+        found, (batches, heads, tokens, _) = 0, self.shape
+        for part in range(_LOOKS if tokens * heads * batches else 0):
+            row = (2 * part + 1) * batches * heads * tokens // (2 * _LOOKS)
+            batch, head, token = row // tokens // heads, row // tokens % heads, row % tokens
+            unit = self.files.unit
+            with suppress(ArrayError):
+                file, start = self.files.locate((batch // unit[0], head // unit[1], token // unit[2], 0))
+                with opened(file, direct=False) as (number, _):
+                    found += all_cached(number, start + self._position(batch, head, token), self._row_bytes)
+        return found / _LOOKS
 
     def check(self) -> None:
         self.files.check(lazy_product([range(n) for n in self._cells]))

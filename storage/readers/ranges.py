@@ -24,7 +24,7 @@ from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.readers.files import CURE, StoredFile, all_cached, opened, through_cache
 from cqsa_stream.storage.retrying import retrying
 
-__all__ = ["BESIDES_BYTES", "PAGE", "PART_BYTES", "Unit", "Wanted", "lent", "read_units"]
+__all__ = ["BESIDES_BYTES", "PAGE", "PART_BYTES", "Unit", "Wanted", "in_parallel", "lent", "read_units"]
 
 PAGE = 4096
 _PIECE_BYTES = 4 << 20  # of one read straight into place: the longer, the fewer calls; a unit this long needs no second

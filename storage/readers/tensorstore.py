@@ -134,6 +134,9 @@ class TensorStoreArray:
                 future.commit.exception()
         self.bytes_read += self._chunks.fetched_bytes(heads, tokens)
 
+    def cached_share(self) -> float:
+        return 0.0
+
     def check(self) -> None:
         """Look whether every chunk is stored, without reading any, where the store can list what it has."""
         if self._fill_missing or self._stored(self.store) is not False:

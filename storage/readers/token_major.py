@@ -72,6 +72,9 @@ class TokenMajorArray:
                 place = buffer[:, start - tokens.start : span.stop - tokens.start]
                 copy_rows(place, rows[:, heads.start : heads.stop].swapaxes(0, 1))
 
+    def cached_share(self) -> float:
+        return self._rows.cached_share()
+
     def check(self) -> None:
         self._rows.check()
 

@@ -95,6 +95,9 @@ class ZarrArray:
                 error if text == str(error) else None
             )
 
+    def cached_share(self) -> float:
+        return 0.0
+
     def check(self) -> None:
         if self._fill_missing:
             return

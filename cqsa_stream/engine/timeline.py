@@ -1,0 +1,66 @@
+"""What a session's threads and its device did, and when: a span for each read, wait, copy, kernel call and write.
+
+Spans of threads are taken by the clock. Those of a device are between events of its streams, which are read when all is
+done: nothing waits for them. A session keeps its first spans, so that a long one does not grow: few where kernels
+compute in host memory, which is planned to the MiB.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cqsa_stream.events import Span
+from cqsa_stream.machine.device import Device, Tick
+
+__all__ = ["Timeline"]
+
+_MOST, _MOST_IN_PLACE = 20_000, 1_000  # of threads, and as many of the device
+_SHOWN_S = 5e-5  # shorter spans of threads are not kept: nobody waited
+
+
+class Timeline:
+    """Collects spans, in seconds from its making on. Threads may share it."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._most = _MOST if device.habits.own_memory else _MOST_IN_PLACE
+        self._start = time.monotonic()
+        self._first = device.tick()
+        device.synchronize()
+        self._device_start_s = time.monotonic() - self._start
+        self._spans: list[Span] = []
+        self._on_device: list[tuple[str, str, Tick, Tick]] = []
+
+    @contextmanager
+    def span(self, kind: str, about: str = "") -> Iterator[None]:
+        """Record what this thread does inside."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            stop = time.monotonic()
+            if stop - start > _SHOWN_S and len(self._spans) < self._most:
+                where = threading.current_thread().name
+                self._spans.append(Span(kind, where, start - self._start, stop - self._start, about))
+
+    @contextmanager
+    def on_device(self, kind: str, about: str = "") -> Iterator[None]:
+        """Record when the device does what is issued inside on the current stream."""
+        if len(self._on_device) >= self._most:
+            yield
+            return
+        start = self._device.tick()
+        yield
+        self._on_device.append((kind, about, start, self._device.tick()))
+
+    def spans(self) -> tuple[Span, ...]:
+        """Return all spans, by their start, once the device is done."""
+        self._device.synchronize()
+
+        def at(tick: Tick) -> float:
+            return self._device_start_s + self._device.between_s(self._first, tick)
+
+        where = str(self._device)
+        on_device = (Span(kind, where, at(start), at(stop), about) for kind, about, start, stop in self._on_device)
+        return tuple(sorted((*self._spans, *on_device), key=lambda span: span.start_s))
