@@ -77,7 +77,7 @@ def warm_cache(paths: tuple[Path, ...]) -> None:
 
 
 def in_core(tokens: int, dim: int, repeats: int) -> dict[str, float]:
-    """Return the median seconds of each vendor's kernel on resident tensors, after a warm-up."""
+    """Return the seconds of each vendor's kernel on resident tensors, after a warm-up; of FA-4 the median."""
     q, k, v = (torch.randn(1, HEADS, tokens, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     found = {}
     for name, attend in kernels().items():

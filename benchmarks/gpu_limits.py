@@ -51,7 +51,8 @@ def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> obje
 def kernels() -> dict[str, Callable[..., object]]:
     """Return the vendors' kernels that are here."""
     found: dict[str, Callable[..., object]] = {"cudnn": cudnn, "flash": flash}
-    return {"fa4": fa4, **found} if find_spec("flash_attn") else found
+    there = find_spec("flash_attn") and find_spec("flash_attn.cute")
+    return {"fa4": fa4, **found} if there else found
 
 
 def operations(tokens: int, dim: int, causal: bool = True) -> float:

@@ -77,7 +77,7 @@ RUN_OPTIONS = {
     "out_dtype": Option("--out-dtype", str, "float32, float16 or bfloat16; the inputs' if not given."),
     "checkpoint_every_s": Option("--checkpoint-every", float, "60 if not given.", metavar="SECONDS"),
     "max_seconds": Option("--max-seconds", float, "Stop, resumable, after so long."),
-    "kernel": Option("--kernel", str, "auto; to compare with: online, on CUDA also cupy."),
+    "kernel": Option("--kernel", str, "auto; on CUDA also fa4, torch-cuda; to compare with: online, cupy."),
     "lse": Option("--lse", str, "Where the log-sum-exp goes; into the run directory if not given."),
     "run_dir": Option("--run-dir", str, "OUT.run if not given."),
     "fresh": Option("--fresh", bool, "Discard the earlier run of OUT and its output.", False),

@@ -168,6 +168,7 @@ def _workload(
         workspace_bytes=can.workspace_bytes,
         merged_at_once=merged_at_once,
         merges=can.merging(problem.head_dim, problem.value_dim),
+        rounded_tiles=can.rounded_tiles,
         lower_edges=problem.visible.has_lower_edges,
         kept_bytes=sum(array.kept_bytes for array in arrays.values()) + problem.visible.nbytes,
         durable=durable,
@@ -185,8 +186,11 @@ def _packing_bytes(problem: Problem, kernel: Kernel) -> int:
 
 
 def _cached_share(arrays: dict[str, TokenArray]) -> float:
-    """Return which share of the arrays' bytes the system holds in memory."""
-    sizes = {name: math.prod(array.shape) * dtype_bytes(array.dtype) for name, array in arrays.items()}
+    """Return which share of the stored arrays' bytes the system holds in memory."""
+    sizes = {
+        name: math.prod(array.shape) * dtype_bytes(array.dtype) * (array.source != "memory")
+        for name, array in arrays.items()
+    }
     cached = sum(sizes[name] * array.cached_share() for name, array in arrays.items())
     return cached / max(1, sum(sizes.values()))
 

@@ -21,12 +21,12 @@ class Axis:
 
     @classmethod
     def cut(cls, tokens: int, chunks: int, turn: int = 1) -> "Axis":
-        """Cut into equal chunks, rounded up by at most 1/16: to multiples of ``turn`` where that is so little, else of
-        a power of two, so that they divide well.
+        """Cut into equal chunks, rounded up: to multiples of ``turn`` where that adds at most 1/8, else by at most 1/16
+        to multiples of a power of two, so that they divide well.
         """
         even = -(-tokens // chunks)
         unit = 1 << max(0, (even // 16).bit_length() - 1)
-        if turn > 1 and 16 * (-even % turn) <= even:
+        if turn > 1 and 8 * (-even % turn) <= even:
             unit = turn
         return cls(tokens, -(-even // unit) * unit, chunks)
 

@@ -99,7 +99,10 @@ class Layouts:
 
     def _blocks(self, columns: Axis) -> list[int]:
         """Return the sizes of blocks to weigh, the largest first: equal parts of a chunk, so that no call is short."""
-        sizes = [self._part(columns.chunk_tokens, self.machine.habits.block_tokens)]
+        most = self.machine.habits.block_tokens
+        if not self._one_pool:  # longer ones make no call longer
+            most = min(most, self.machine.tile.columns)
+        sizes = [self._part(columns.chunk_tokens, most)]
         while sizes[-1] > _SMALLEST_BLOCK:
             sizes.append(self._part(columns.chunk_tokens, -(-sizes[-1] // 2)))
         return sizes

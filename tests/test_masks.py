@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from cqsa_stream.schedulers.masks.band import Band
@@ -158,6 +158,7 @@ def test_calls_of_a_causal_mask(rows: range, columns: range, q_start: int, tile:
 
 
 @given(long_spans, long_spans, st.integers(-60, 60), st.integers(1, 130), tiles)
+@example(range(4), range(6), 2, 3, Tile(4, 1, 1, 2))
 def test_calls_of_a_window(rows: range, columns: range, q_start: int, width: int, tile: Tile) -> None:
     check(last_keys(width).over(range(q_start, q_start + 120), 120).shifted(-q_start, 0), rows, columns, tile)
 

@@ -18,7 +18,7 @@ from cqsa_stream.storage.readers.ranges import PAGE
 
 __all__ = ["PageLock", "in_pages", "pages"]
 
-_PIECE_BYTES = 8 << 20  # a longer one would keep kernels from being launched
+_PIECE_BYTES = 8 << 20  # or a place: a longer one would keep kernels from being launched
 _HUGE_PAGES, _POPULATE_WRITE = 14, 23  # sys/mman.h
 _libc = ctypes.CDLL(None)
 

@@ -141,15 +141,17 @@ class Engine:
     def _run_task(self, task: Task, stage: Stage, stream: Prefetcher) -> None:
         queries: dict[int, Tensor] = {}
         last = {row: column for column, rows in task.steps for row in rows}
+        for row in task.rows:
+            self._bring("rows", row, task.rows, self.schedule.next_row(row, task.number))
         for row in queries_first(task, self.plan.layout):
-            queries[row] = self._begin_row(row, task, stage, stream)
+            queries[row] = self._queries(row, stage, stream)
         for column, rows in task.steps:
             self._bring("columns", column, (column,), self.schedule.next_column(column, task.number))
             for tokens in pieces(self.grid.columns.span(column), self.plan.layout.block_tokens):
                 block = stage.block(next(stream), next(stream))
                 for row in rows:
                     if row not in queries:
-                        queries[row] = self._begin_row(row, task, stage, stream)
+                        queries[row] = self._queries(row, stage, stream)
                     at = task.lane, row, column
                     self.operation.add(
                         task.lane,
@@ -167,13 +169,12 @@ class Engine:
                 self._covered(task.lane, row, column)
             self._safe_point(column, rows)
 
-    def _begin_row(self, row: int, task: Task, stage: Stage, stream: Prefetcher) -> Tensor:
-        """Bring a row chunk's queries and partials to the device, and return the queries."""
+    def _queries(self, row: int, stage: Stage, stream: Prefetcher) -> Tensor:
+        """Bring a row chunk's queries to the device."""
         span = self.grid.rows.span(row)
         queries = stage.begin_row(row, len(span))
         for tokens in pieces(span, self.plan.layout.query_tokens):
             stage.queries(next(stream), queries[:, tokens.start - span.start : tokens.stop - span.start])
-        self._bring("rows", row, task.rows, self.schedule.next_row(row, task.number))
         return queries
 
     def _bring(self, axis: str, chunk: int, keep: tuple[int, ...], next_use: int) -> None:

@@ -109,11 +109,13 @@ class Prefetcher:
         self._loaders.shutdown()
         for array in self._arrays.values():
             array.begin(in_flight=1)  # so that it discards what it holds to read with
-        if error[0] is not None:  # a copy may have begun without its event
-            self._device.synchronize()
-        for slot in self._slots:
-            slot.in_use_until.synchronize()
-        self._lock.__exit__(*error)  # while the last kernels compute
+        try:
+            if error[0] is not None:  # a copy may have begun without its event
+                self._device.synchronize()
+            for slot in self._slots:
+                slot.in_use_until.synchronize()
+        finally:
+            self._lock.__exit__(*error)  # while the last kernels compute
 
     def __next__(self) -> Loaded:
         """Return the next piece, waiting for it. Raises what reading it raised."""

@@ -8,7 +8,7 @@ compute in host memory, which is planned to the MiB.
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from cqsa_stream.events import Span
 from cqsa_stream.machine.device import Device, Tick
@@ -55,12 +55,13 @@ class Timeline:
         self._on_device.append((kind, about, start, self._device.tick()))
 
     def spans(self) -> tuple[Span, ...]:
-        """Return all spans, by their start, once the device is done."""
-        self._device.synchronize()
+        """Return all spans, by their start, once the device is done; those of threads alone where it failed."""
 
         def at(tick: Tick) -> float:
             return self._device_start_s + self._device.between_s(self._first, tick)
 
-        where = str(self._device)
-        on_device = (Span(kind, where, at(start), at(stop), about) for kind, about, start, stop in self._on_device)
+        where, on_device = str(self._device), list[Span]()
+        with suppress(RuntimeError):  # what has gone wrong with the device is told by whoever used it
+            self._device.synchronize()
+            on_device = [Span(kind, where, at(start), at(stop), about) for kind, about, start, stop in self._on_device]
         return tuple(sorted((*self._spans, *on_device), key=lambda span: span.start_s))

@@ -63,8 +63,7 @@ def _all(device: torch.device, stored: torch.dtype) -> list[KernelChoice]:
     if stored == torch.float32:
         return [*others, own]
     vendors = [KernelChoice("torch-cuda", operator) for operator in operators(device, stored)]
-    own_merging = _fa4()
-    if own_merging and own_merging.runs_on(device):
+    if torch.cuda.get_device_capability(device)[0] == 9 and _module("fa4"):  # Hopper's
         vendors.insert(0, KernelChoice("fa4", "merging"))
     return [*vendors, *others, own]
 
@@ -128,10 +127,6 @@ def merges_at_once(device: torch.device) -> bool:
 
 def _cupy() -> ModuleType | None:
     return _module("cupy")
-
-
-def _fa4() -> ModuleType | None:
-    return _module("fa4")
 
 
 @cache

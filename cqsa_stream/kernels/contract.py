@@ -14,8 +14,9 @@
 ``attend_packed(q, k, v, bands, scores, ahead)`` is the same for several bands that share no row, counted from the first
 row of q and the first column of k: many small documents in one call.
 
-A kernel that ``merges`` adds a call's tiles to the partial (out, lse) of their rows by itself, in place, with weights
-as exact as those of ``kernels.fold.fold``: no tile is written, and none is rounded to 16 bits.
+A kernel that ``merges`` adds a call's tiles to the partial (out, lse) of their rows by itself, in place: no tile is
+written, and none is rounded to 16 bits. The log-sum-exp is summed up in float64; weights are float32 functions of its
+differences, so their errors do not add up.
 
 Every kernel attends full tiles (None, None) and squares of which a row sees the columns up to its own (None, 0), or
 those from its own on (0, None). Where ``Tile.bands`` says so, any other left and right, of any rectangle, too; where
@@ -100,7 +101,7 @@ class Abilities:
 
     def merging(self, head_dim: int, value_dim: int) -> bool:
         """Return whether the kernel merges tiles of these head dims itself: those that it takes as they are."""
-        return self.merges and not any(dim % max(1, self.whole_dims) for dim in (head_dim, value_dim))
+        return self.merges and head_dim == value_dim and not head_dim % max(1, self.whole_dims)
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """Return the dtype in which tiles must stand on the device: the stored one, or the first that holds it."""

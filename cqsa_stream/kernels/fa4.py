@@ -5,7 +5,7 @@ a thread block is done with the keys, it holds its rows' output and log-sum-exp 
 merges them into the accumulator, in place: no tile is written and read again, and calls of one stream keep the order of
 the arithmetic.
 
-A shape class (dtype, head dims, kind of mask, soft cap) compiles in seconds, once on a machine: what was compiled is
+A shape class (dtype, head dims, kind of mask) compiles in seconds, once on a machine: what was compiled is
 kept in the user's cache folder, under a name that depends on all that it was made of.
 
 Windows are counted from the last row and the last column of a tile, as in flash attention, and None is unbounded.
@@ -13,6 +13,7 @@ Windows are counted from the last row and the last column of a tile, as in flash
 
 import hashlib
 import warnings
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +23,7 @@ import cutlass
 import platformdirs
 import torch
 from cutlass import Float32, Float64, Int32, const_expr, cute
-from flash_attn.cute import utils
-from flash_attn.cute.cache_utils import JITPersistentCache
+from flash_attn.cute.cache_utils import JITCache, JITPersistentCache
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.interface import _tile_size_fwd_sm90
 from flash_attn.cute.utils import AuxData
@@ -36,10 +36,11 @@ from cqsa_stream.kernels.sequences import sequences
 from cqsa_stream.schedulers.masks.arrays import Bands64
 from cqsa_stream.schedulers.masks.calls import Call, Packed, Tile
 
-__all__ = ["Fa4Kernel", "runs_on"]
+__all__ = ["Fa4Kernel"]
 
 _LN2 = 0.6931471805599453
 _MOST = 202_752  # rows of a call: 12 turns of 132 processors with blocks of 128 rows, 8 with blocks of 192
+_MOST_TILES = 65_535  # of a launch: CUDA's third dimension of a grid
 _WRITTEN_FOR = "4.0.0b36"  # of flash-attn-4: what is overridden here is its own affair
 _MADE_OF = ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "apache-tvm-ffi")
 _NUMBERS = {torch.float16: cutlass.Float16, torch.bfloat16: cutlass.BFloat16}
@@ -60,7 +61,6 @@ class _Kind(NamedTuple):
     left: bool
     right: bool
     packed: bool
-    soft_cap: float | None
 
 
 class _Merging(FlashAttentionForwardSm90):
@@ -141,7 +141,6 @@ class Fa4Kernel:
     abilities = Abilities(
         dtypes=(torch.float16, torch.bfloat16),
         tile=Tile(_MOST, _MOST, _MOST, _MOST, bands=True, skips=True, small=4_096, pack=65_536),
-        terms=frozenset({"soft_cap"}),
         whole_dims=8,
         merges=True,
         block_rows=((96, 192), (256, 128)),
@@ -171,6 +170,12 @@ class Fa4Kernel:
         out, lse = partial
         if not k.shape[1] or not q.shape[1]:
             return
+        if isinstance(call, Call) and call.tiles > _MOST_TILES:
+            for part in call.parts(_MOST_TILES):
+                mine = slice(part.rows.start - call.rows.start, part.rows.stop - call.rows.start)
+                its = slice(part.reach.start - call.reach.start, part.reach.stop - call.reach.start)
+                self.merge((out[:, mine], lse[:, mine]), q[:, mine], k[:, its], v[:, its], part, scores, ahead)
+            return
         if isinstance(call, Packed):
             rows, keys, used, _, _, left, right = sequences(call.here, q.shape[1], q.device)
             views = [*(x.transpose(0, 1) for x in (q, k, v, out)), lse]
@@ -184,7 +189,7 @@ class Fa4Kernel:
         causal = left is None and right == 0
         kind = _Kind(
             str(q.dtype).removeprefix("torch."), q.shape[2], out.shape[2], q.shape[0] // k.shape[0], causal,
-            left is not None, right is not None and not causal, isinstance(call, Packed), scores.soft_cap,
+            left is not None, right is not None and not causal, isinstance(call, Packed),
         )  # fmt: skip
         bounds = left, None if causal else right
         _compiled(kind)(*views, scores.scale, *lengths, None, *bounds, None, None, AuxData(None, None), None, None)
@@ -196,11 +201,6 @@ def _tiles(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call
     queries, held = (x.view(x.shape[0], n, height, x.shape[2]).permute(1, 2, 0, 3) for x in (q, out))
     keys, values = (x.unfold(1, len(call.columns), height).permute(1, 3, 0, 2) for x in (k, v))
     return [queries, keys, values, held, lse.view(-1, n, height).transpose(0, 1)]
-
-
-def runs_on(device: torch.device) -> bool:
-    """Return whether the device is a Hopper GPU."""
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache
@@ -215,10 +215,13 @@ def _compiled(kind: _Kind) -> Any:
 
 
 @cache
-def _stored() -> JITPersistentCache:
+def _stored() -> JITCache:
+    """Return what keeps compiled kernels: on disk, where that can be written, else for this process."""
     source = Path(__file__).read_bytes() + "".join(version(name) for name in _MADE_OF).encode()
     digest = hashlib.sha256(source).hexdigest()[:16]
-    return JITPersistentCache(Path(platformdirs.user_cache_dir("cqsa-stream", appauthor=False)) / f"fa4-{digest}")
+    with suppress(OSError):
+        return JITPersistentCache(Path(platformdirs.user_cache_dir("cqsa-stream", appauthor=False)) / f"fa4-{digest}")
+    return JITCache()
 
 
 def _compile(kind: _Kind) -> Any:
@@ -229,7 +232,6 @@ def _compile(kind: _Kind) -> Any:
         number, kind.head_dim, kind.value_dim, kind.group, is_causal=kind.causal, is_local=local, pack_gqa=False,
         tile_m=tile.m_block_size, tile_n=tile.n_block_size, num_stages=2, num_threads=384, Q_in_regs=False,
         intra_wg_overlap=tile.intra_wg_overlap, mma_pv_is_rs=tile.mma_pv_is_rs,
-        score_mod=None if kind.soft_cap is None else utils.create_softcap_scoremod(kind.soft_cap),
     )  # fmt: skip
     some = cute.sym_int
     heads, kv_heads, rows, keys, batch, head_dim = (some() for _ in range(6))

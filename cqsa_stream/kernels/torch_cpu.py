@@ -27,6 +27,7 @@ class TorchCpuKernel:
 
     abilities = Abilities(
         dtypes=(torch.float32, torch.float64),
+        block_rows=((1 << 20, 256),),  # of calls of 768 rows and more
         tile=Tile(16_384, 16_384, 1_024, 192, bands=True, small=512),
         whole_dims=1,
         packing_bytes=PACKING_BYTES,

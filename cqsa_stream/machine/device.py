@@ -84,8 +84,8 @@ class Host:
 
     @property
     def processors(self) -> int:
-        """How many multiprocessors a device of its own has; 0 on a host."""
-        return 0
+        """Among how many the rows of a kernel call are dealt: threads here, multiprocessors on a device of its own."""
+        return self.threads
 
     def current(self) -> AbstractContextManager[object]:
         """Make it current."""

@@ -38,6 +38,7 @@ class EventLog:
         figures = asdict(event.figures)
         self._directory.write_session({"ended": isinstance(event, Ended), **figures})
         if isinstance(event, Started):
+            self._directory.write_timeline(())
             self._directory.append_event({"event": "started", "options": self._options, "plan": event.plan, **figures})
         elif isinstance(event, Checkpointed):
             self._directory.append_event({"event": "checkpointed", "seconds": event.seconds, **figures})

@@ -78,7 +78,8 @@ class OnDisk:
         if not self._resumes:
             return self._command.options, {**known, "out": self._target.disk(self.directory.begun)}
         self._hold(self.directory.manifest(), held)
-        manifest = self._same_run()  # another may have begun here meanwhile
+        manifest = self._same_run()  # another may have begun here meanwhile, or gone on with other inputs
+        refuse_changed_inputs(manifest, self._prints)
         self._before = self.directory.state(manifest.problem)
         options, chosen = self._before.inherited(self._command.options)
         return options, {**known, "grid": manifest.grid, "out_tokens": manifest.out_tokens, "fixed": chosen}
@@ -155,7 +156,9 @@ class OnDisk:
         """
         arrays = self._command.arrays
         check_inputs(arrays)
-        again = None if plan.layout.in_place else opened_again(arrays, self._target.layout)
+        again = None
+        if not plan.layout.in_place:
+            again = opened_again(arrays, self._target.layout, fill_missing=self._target.fill_missing)
         manifest = self._new_manifest(plan, dict.fromkeys(arrays, "") if again else fingerprints(arrays))
         held.enter_context(saying_how_much_disk(self.directory, manifest, plan))
         self._hold(manifest, held)

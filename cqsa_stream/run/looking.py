@@ -1,7 +1,7 @@
 """The fingerprints of a new run's inputs, taken while a device of its own computes already: it need not wait for them.
 
-Until they are there the manifest names none, and nothing is stored: a run that ends before has no result of any input,
-and is resumed with whatever inputs are named then.
+Until they are there the manifest names none, and nothing counts as done: a run that ends before has no result of any
+input, and is resumed with whatever inputs are named then.
 """
 
 import threading
@@ -49,15 +49,18 @@ def known(manifest: Manifest, prints: dict[str, str]) -> Manifest:
     return replace(manifest, inputs=inputs)
 
 
-def opened_again(arrays: dict[str, TokenArray], layout: str) -> dict[str, TokenArray] | None:
+def opened_again(arrays: dict[str, TokenArray], layout: str, *, fill_missing: bool) -> dict[str, TokenArray] | None:
     """Return the arrays opened anew, so that what reads them is not counted as the run's; None where they are not local
     ones of which any range can be read.
     """
-    if not all(Path(it.source).is_absolute() and it.staging_bytes <= SMALL_BYTES for it in arrays.values()):
+    if not all(
+        Path(it.source).is_absolute() and it.encoding == "raw" and it.staging_bytes <= SMALL_BYTES
+        for it in arrays.values()
+    ):
         return None
     found = {}
     for name, array in arrays.items():
         with naming(name):
-            found[name] = open_array(array.source, layout=layout)
+            found[name] = open_array(array.source, layout=layout, fill_missing=fill_missing)
     same = all((it.shape, it.dtype) == (found[name].shape, found[name].dtype) for name, it in arrays.items())
     return found if same else None

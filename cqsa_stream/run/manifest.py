@@ -95,7 +95,7 @@ class Manifest:
         for axis, tokens in ((self.rows, self.problem.queries), (self.columns, self.problem.keys)):
             if not all(type(n) is int for n in (axis.tokens, axis.chunk_tokens, axis.chunks)):
                 raise ValueError(f"a grid {axis}; expected whole numbers")
-            longest = tokens + tokens // 16  # as ``Axis.cut`` rounds
+            longest = tokens + tokens // 8  # as ``Axis.cut`` rounds
             fits = 0 < axis.chunk_tokens <= longest and axis.chunk_tokens * axis.chunks >= tokens
             if axis.tokens != tokens or not fits or not 0 < axis.chunks <= MOST_CHUNKS:
                 raise ValueError(f"a grid {axis} for {tokens} tokens")

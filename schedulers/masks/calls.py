@@ -8,7 +8,7 @@ of tiles, small ones packed.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -72,6 +72,14 @@ class Call:
     def reach(self) -> range:
         """The columns of all tiles: from the first of the first to the last of the last."""
         return range(self.columns.start, self.columns.stop + (self.tiles - 1) * self.height)
+
+    def parts(self, most: int) -> Iterator["Call"]:
+        """Cut the stack into such of at most so many tiles."""
+        for first in range(0, self.tiles, most):
+            tiles, moved = min(most, self.tiles - first), first * self.height
+            rows = self.rows[moved : moved + tiles * self.height]
+            columns = range(self.columns.start + moved, self.columns.stop + moved)
+            yield replace(self, rows=rows, columns=columns, tiles=tiles)
 
 
 def calls(mask: Mask, rows: range, columns: range, tile: Tile) -> Iterator[Call | Packed]:
@@ -195,7 +203,7 @@ def _diagonal_band(rows: range, first: int, last: int, tile: Tile) -> Iterator[C
     """
     between = last - first  # keys that a row sees, but one
     narrow = between <= _NARROW * tile.leaf
-    height = min(tile.edge, between) if narrow else min(tile.rows, between)
+    height = min(tile.edge, tile.leaf, between) if narrow else min(tile.rows, between)
     low = min(tile.edge, max(_LOWEST, between))
     one_call = narrow and tile.bands and low + between <= tile.columns
     height = max(1, low if one_call else height)

@@ -45,7 +45,8 @@ class Workload:
     partials can leave memory for it.
     ``calls_at_a_time``: kernel calls whose tiles are there at a time; ``score_bytes``: what one holds for each score,
     of ``score_columns`` keys at a time; ``workspace_bytes``: what its libraries take on a device. ``merged_at_once``: a
-    tile is merged by one kernel, with nothing besides; ``merges``: by the kernel that attends, so that there is none.
+    tile is merged by one kernel, with nothing besides; ``merges``: by the kernel that attends, so that there is none;
+    ``rounded_tiles``: it is of as many bits as the inputs.
     ``lower_edges``: some tiles have one.
     ``resident_output_bytes``: an output that stays in memory; ``kept_bytes``: what readers remember.
     """
@@ -72,6 +73,7 @@ class Workload:
     workspace_bytes: int = 0
     merged_at_once: bool = False
     merges: bool = False
+    rounded_tiles: bool = False
     lower_edges: bool = False
     column_bytes: int = 0
     partial_itemsize: int = 4
@@ -245,7 +247,8 @@ def _tile(work: Workload, rows: int, layout: Layout) -> list[int]:
     parts = [heads_rows * work.partial_itemsize * width, heads_rows * (4 + 5 * 8)]
     if work.merged_at_once:
         unseen = [heads_rows] * 3  # which rows saw no key
-        parts = [heads_rows * min(work.compute_itemsize, work.partial_itemsize) * width, heads_rows * 8, *unseen]
+        itemsize = min(work.compute_itemsize, work.partial_itemsize) if work.rounded_tiles else work.partial_itemsize
+        parts = [heads_rows * itemsize * width, heads_rows * 8, *unseen]
     elif work.compute_itemsize < work.partial_itemsize:  # before it is widened
         parts.append(heads_rows * work.compute_itemsize * width)
     if work.group > 1:  # queries and results of stacked diagonal tiles, reordered

@@ -138,7 +138,8 @@ class RawArray:
             read_units(units, self.in_flight, PART_BYTES[self.checked])
             for cell in new:
                 self._good[cell] = True
-        self.bytes_read += sum(unit.fetched_bytes for unit in units)  # nothing is called in between: no figure is lost
+        fetched = sum(unit.fetched_bytes for unit in units)
+        self.bytes_read += fetched  # nothing is called in between: no figure is lost
 
     def _is_good(self, cell: tuple[int, ...]) -> bool:
         if not self._good.size:  # not before: metadata may claim more units than memory holds flags

@@ -228,8 +228,9 @@ def in_parallel(work: Callable[[_Item], None], items: Sequence[_Item], most: int
     try:
         take_turns()
     finally:
-        wait(futures)
-    for future in futures:
+        begun = [future for future in futures if not future.cancel()]  # all have something else to do
+        wait(begun)
+    for future in begun:
         future.result()
 
 
