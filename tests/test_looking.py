@@ -122,3 +122,13 @@ def test_only_local_arrays_of_which_any_range_can_be_read_are_opened_again(
     assert opened_again(arrays, "bhtd", fill_missing=False) is None, (
         "reading them would hold memory that is not planned"
     )
+
+
+def test_it_is_opened_again_as_it_was_opened(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    paths = stored(tmp_path, tensors)
+    file = sorted(path for path in (tmp_path / "k" / "c").rglob("*") if path.is_file())[1]
+    file.unlink()
+    arrays = open_inputs(*paths, fill_missing=True)
+    prints = fingerprints(arrays)
+    again = opened_again(arrays, "bhtd", fill_missing=True)
+    assert again is None or fingerprints(again) == prints

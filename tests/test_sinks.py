@@ -37,7 +37,7 @@ def in_memory(_: Path) -> tuple[Sink, Read]:
     return MemorySink(tensors, AXES, lane_heads), lambda sum_, field: tensors[sum_][field]
 
 
-def on_disk(folder: Path) -> tuple[ZarrSink, Read]:
+def on_disk(folder: Path, at_a_time: int = 1) -> tuple[ZarrSink, Read]:
     arrays = []
     for sum_, dtypes in enumerate(DTYPES):
         stored = []
@@ -51,7 +51,7 @@ def on_disk(folder: Path) -> tuple[ZarrSink, Read]:
         found = arrays[sum_][field].array.read().result()
         return torch.from_numpy(found.astype("float32")).to(DTYPES[sum_][field])
 
-    return ZarrSink(arrays, AXES, lane_heads), read
+    return ZarrSink(arrays, AXES, lane_heads, at_a_time), read
 
 
 def wanted() -> dict[tuple[int, int], torch.Tensor]:
@@ -86,6 +86,22 @@ def test_all_that_was_written_is_there(make: Callable[[Path], tuple[Sink, Read]]
         assert torch.equal(read(sum_, field), values.to(DTYPES[sum_][field])), "rounded once, to the field's dtype"
     on_disk_bytes = sum(values.numel() * DTYPES[sum_][field].itemsize for (sum_, field), values in numbers.items())
     assert sink.bytes_written == (on_disk_bytes if make is on_disk else 0)
+
+
+def test_files_written_together_are_those_written_one_by_one(tmp_path: Path) -> None:
+    (one, _), (some, read) = on_disk(tmp_path / "one"), on_disk(tmp_path / "some", 3)
+    numbers = wanted()
+    assert fill(one, numbers) == fill(some, numbers), "the checksums do not depend on what ends first"
+    assert one.bytes_written == some.bytes_written
+    for (sum_, field), values in numbers.items():
+        assert torch.equal(read(sum_, field), values.to(DTYPES[sum_][field]))
+
+
+def test_a_file_that_cannot_be_written_fails_the_chunk(tmp_path: Path) -> None:
+    sink, _ = on_disk(tmp_path, 4)
+    (tmp_path / "0-1" / "c").write_bytes(b"")
+    with pytest.raises(OSError, match="0-1"):
+        fill(sink, wanted())
 
 
 def test_a_field_that_nobody_wants_is_left_out() -> None:

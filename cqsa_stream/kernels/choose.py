@@ -4,6 +4,7 @@ A choice is two names, made once for a run from the device, the stored dtype, wh
 the plan: it belongs to the plan and to the run's state. Kernels themselves choose nothing and read no files.
 """
 
+import logging
 import warnings
 from collections.abc import Collection, Sequence
 from functools import cache
@@ -22,6 +23,7 @@ from cqsa_stream.kernels.torch_cuda import TorchCudaKernel, operators
 
 __all__ = ["KERNELS", "Measured", "choices", "chosen", "competing", "fold_for", "kernel_of", "merges_at_once"]
 
+_log = logging.getLogger(__name__)
 KERNELS = ("auto", "fa4", "torch-cuda", "cupy", "online")
 _FASTEST = ("fa4", "torch-cuda")  # of which the faster is taken; other kernels are for what these cannot do
 
@@ -136,5 +138,6 @@ def _module(name: str) -> ModuleType | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the packages say of each other is not the user's affair
             return import_module(f"cqsa_stream.kernels.{name}")
-    except ImportError:
+    except (ImportError, OSError, RuntimeError) as error:  # not there, or not for this system
+        _log.info("kernel %s cannot be: %s", name, error)
         return None
