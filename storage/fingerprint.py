@@ -38,7 +38,7 @@ def fingerprint(array: TokenArray) -> str:
     """
     cells = list(_cells(array))
     threads = min(_THREADS, os.cpu_count() or 1)
-    if array.staging_bytes > SMALL_BYTES or len(cells) > _MOST_CELLS:  # they would hold much, or have little to do
+    if array.encoding != "raw" or len(cells) > _MOST_CELLS:  # they would hold what they decode, or have little to do
         threads = 1
     array.begin(in_flight=1)  # of each thread: memory is not planned yet
     digest = hashlib.blake2b(f"{array.shape} {array.dtype}".encode(), digest_size=16)

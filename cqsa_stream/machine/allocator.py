@@ -2,7 +2,8 @@
 
 glibc raises the size from which it returns freed blocks to the system whenever such a block is freed, up to 32 MiB, so
 a loop over tiles of a few MiB ends up with several times their size in its heaps. While a session with a host budget
-runs, blocks from 64 KiB on go back at once. Other C libraries are left as they are.
+runs, blocks from 64 KiB on go back at once, and small ones when the computing begins: what planning leaves is in pieces
+all over the heap. Other C libraries are left as they are.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["returning_freed_memory"]
+__all__ = ["return_small_blocks", "returning_freed_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SMALL = 64 << 10
@@ -31,6 +32,12 @@ def returning_freed_memory() -> Iterator[None]:
         yield
     finally:
         _count(libc, -1)
+
+
+def return_small_blocks() -> None:
+    """Return whole free pages to the system, where a session runs in ``returning_freed_memory``."""
+    if _sessions:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _count(libc: ctypes.CDLL, change: int) -> None:

@@ -18,7 +18,7 @@ from cqsa_stream.events import Ended, Observer, Started
 from cqsa_stream.inputs import check_inputs
 from cqsa_stream.kernels.choose import fold_for, kernel_of
 from cqsa_stream.kernels.contract import KernelChoice
-from cqsa_stream.machine.allocator import returning_freed_memory
+from cqsa_stream.machine.allocator import return_small_blocks, returning_freed_memory
 from cqsa_stream.machine.surroundings import undisturbed
 from cqsa_stream.observers.watching import everyone
 from cqsa_stream.operations.forward import Forward
@@ -163,6 +163,7 @@ class Session:
     def _compute(self, place: Workplace) -> None:
         """Run the engine between the events that open and close a session."""
         problem, plan, device = self.problem, self.plan, self.device
+        return_small_blocks()
         observer = everyone((*place.logs, *self.observers))
         meter = Meter(problem, plan.grid, self.arrays, place.store, place.sink, device).since(self.host)
         with self.stop, device.current():
