@@ -10,6 +10,7 @@ import torch
 
 from cqsa_stream.command import Command
 from cqsa_stream.events import Observer
+from cqsa_stream.executors.choose import crew_of
 from cqsa_stream.observers.watching import checked
 from cqsa_stream.run.durable import compute
 from cqsa_stream.run.inputs import refuse_other_inputs
@@ -53,6 +54,10 @@ def attention(
     checkpoint_every_s: float | None = None,
     max_seconds: float | None = None,
     kernel: str = "auto",
+    shares: int | None = None,
+    workers: int | None = None,
+    executor: str | None = None,
+    address: str | None = None,
     layout: str = "bhtd",
     fill_missing: bool = False,
     fresh: bool = False,
@@ -88,6 +93,10 @@ def attention(
     ``device_memory``, ``host_memory``: bytes or "4GiB"; None takes 80 % of what is free, or what the run's last session
     had. ``schedule``: "auto", "cqs" or "rectangular". ``chunks``: c, a Singer number where queries and keys are the
     same positions. ``kernel``: "auto", or to compare one of our own in float32: "online", on CUDA also "cupy".
+    ``shares``: into how many the tasks are dealt, which fixes the result's bits; ``workers``: processes that compute
+    them at the same time, of inputs that have a path, within ``host_memory`` together; by default one, or one for each
+    device of "cuda" (all) or "cuda:0,2". ``executor="ray"``: actors of the cluster at ``address``, or of one of their
+    own, each with a ``host_memory`` of its own.
     ``observers`` are called with each event (``cqsa_stream.events``); one that raises is told no more.
 
     Raises InputError, BudgetError, LockedError, MismatchError, ArrayError, FullDiskError or NoMemoryError; RunStopped
@@ -101,7 +110,7 @@ def attention(
         home = query.device if isinstance(query, torch.Tensor) else found.device
         found = found.to(home) if layout == "bhtd" else found.transpose(1, 2).to(home)
         return found if found_lse is None else (found, found_lse.to(home))
-    compute(command, observers, stop)
+    compute(command, observers, stop, crew_of)
     stop.pass_on()
     run = Run(command.target.run_dir)
     return (run.output(), run.lse()) if return_lse else run.output()

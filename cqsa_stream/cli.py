@@ -1,4 +1,4 @@
-"""The command line: ``cqsa generate | plan | run | status | verify | bench``.
+"""The command line: ``cqsa generate | plan | run | work | finish | status | verify | bench``.
 
 Data goes to stdout, messages and progress to stderr. Exit codes: 0 done; 1 failed; 2 bad usage or input; 3 stopped and
 resumable; 4 over budget; 5 locked; 6 another problem or other inputs; 130 Ctrl-C (resumable).
@@ -16,11 +16,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TextIO
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from cqsa_stream.errors import RunInterrupted, RunStopped
+from cqsa_stream.observers.streams import flushed, stand_in_for_what_is_closed
 
 __all__ = ["main"]
 
@@ -68,7 +69,7 @@ RUN_OPTIONS = {
     "scale": Option("--scale", float, "Factor of the scores; 1/sqrt(head dim) where not given."),
     "q_start": Option("--q-start", int, "Position of the first query row.", 0),
     "queries": Option("--queries", str, "Compute only the query rows A to B-1.", metavar="A:B"),
-    "device": Option("--device", str, "auto, cpu, cuda or cuda:<number>."),
+    "device": Option("--device", str, "auto, cpu, cuda (all), cuda:<number> or cuda:<number>,<number>."),
     "device_memory": Option("--device-memory", str, 'As "4GiB" or "512MiB".', metavar="SIZE"),
     "host_memory": Option("--host-memory", str, "80 % of what is free if not given.", metavar="SIZE"),
     "schedule": Option("--schedule", str, "auto, cqs or rectangular."),
@@ -77,6 +78,10 @@ RUN_OPTIONS = {
     "out_dtype": Option("--out-dtype", str, "float32, float16 or bfloat16; the inputs' if not given."),
     "checkpoint_every_s": Option("--checkpoint-every", float, "60 if not given.", metavar="SECONDS"),
     "max_seconds": Option("--max-seconds", float, "Stop, resumable, after so long."),
+    "shares": Option("--shares", int, "Deal the tasks into so many shares: workers take them, and they fix the bits."),
+    "workers": Option("--workers", int, "Processes that share the work and the memory; one for each device."),
+    "executor": Option("--executor", str, "local: processes of this machine; ray: actors of a cluster."),
+    "address": Option("--address", str, "Of the Ray cluster, as auto; without it one begins on this machine."),
     "kernel": Option("--kernel", str, "auto; on CUDA also fa4, torch-cuda; to compare with: online, cupy."),
     "lse": Option("--lse", str, "Where the log-sum-exp goes; into the run directory if not given."),
     "run_dir": Option("--run-dir", str, "OUT.run if not given."),
@@ -102,7 +107,7 @@ def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def main() -> None:
     """Run the command line; every expected error becomes one line and its exit code."""
-    _stand_in_for_what_is_closed()
+    stand_in_for_what_is_closed()
     logging.basicConfig(format="cqsa: %(message)s", stream=sys.stderr)
     code = 0
     try:
@@ -118,10 +123,10 @@ def main() -> None:
         code = expected
         usage = getattr(error, "format_message", None)  # what the parser has to say
         _say(" ".join((usage() if usage else str(error) or type(error).__name__).split()))
-    if not _flushed(sys.stdout) and code == 0:
+    if not flushed(sys.stdout) and code == 0:
         _say("what was printed could not be written to stdout")
         code = 1
-    _flushed(sys.stderr)
+    flushed(sys.stderr)
     sys.exit(code)
 
 
@@ -131,31 +136,6 @@ def _exit_code(error: Exception) -> int | None:
         return RunInterrupted.exit_code
     code: int | None = getattr(error, "exit_code", None)  # ours, and the parser's
     return 1 if code is None and isinstance(error, OSError | MemoryError) else code
-
-
-def _stand_in_for_what_is_closed() -> None:
-    """Let no file that is opened later take the number of a closed stdin, stdout or stderr, where others print."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    if sys.stderr is None:
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
-
-
-def _flushed(stream: TextIO | None) -> bool:
-    """Flush; where nobody can read it, send the rest nowhere, so that the process does not fail for it at its end."""
-    if stream is None:
-        return True
-    try:
-        stream.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-        return False
-    return True
 
 
 def _say(message: str) -> None:
@@ -233,19 +213,65 @@ def run(
         with Stopper((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), owns_process=True) as stop:
             # from here on a signal is a request to stop at the first safe point
             from cqsa_stream.command import Command
+            from cqsa_stream.executors.choose import crew_of
             from cqsa_stream.observers.watching import terminal_observers
             from cqsa_stream.run.durable import compute
             from cqsa_stream.run.inputs import refuse_other_inputs
 
             command = Command.of({**words, "out": out}, refuse_other_inputs)
-            compute(command, terminal_observers(as_json=as_json, quiet=quiet), stop)
+            compute(command, terminal_observers(as_json=as_json, quiet=quiet), stop, crew_of)
     except RunStopped as error:
         _say(f"{error}; the same command resumes {out}")
         sys.exit(error.exit_code)
-    _flushed(sys.stdout)  # events are news: the run is complete whether or not somebody reads them
+    flushed(sys.stdout)  # events are news: the run is complete whether or not somebody reads them
     if not quiet and command.target is not None:
         where = command.target.run_dir
         _say(f"{out} is complete (run directory {where.relative_to(here) if where.is_relative_to(here) else where})")
+
+
+@app.command()
+def work(
+    run_dir: RunDir,
+    worker: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Worker I of N, from 0; by Slurm's or torchrun's variables if not given."),
+    ] = None,
+    device: Device = None,
+    max_seconds: Annotated[float | None, typer.Option("--max-seconds", help="Stop, resumable, after so long.")] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch inputs from the URLs in the run directory.")] = False,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Compute a part of a run that has begun, then what is left; the same command again goes on."""
+    from cqsa_stream.run.stopping import Stopper
+
+    try:
+        with Stopper((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), owns_process=True) as stop:
+            from cqsa_stream.command import local_path
+            from cqsa_stream.observers.watching import terminal_observers
+            from cqsa_stream.run.working import place_of
+            from cqsa_stream.run.working import work as take_part
+
+            observers = terminal_observers(as_json=as_json, quiet=quiet)
+            place = place_of(worker, os.environ)
+            take_part(local_path(run_dir), place, observers, stop, device=device, max_seconds=max_seconds, fetch=fetch)
+    except RunStopped as error:
+        _say(f"{error}; the same command goes on with {run_dir}")
+        sys.exit(error.exit_code)
+    if not quiet:
+        _say(f"{run_dir} is complete")
+
+
+@app.command()
+def finish(run_dir: RunDir) -> None:
+    """Merge what the shares of a run have completed. Exit code 3 where shares are left to compute."""
+    from cqsa_stream.run.opened import open_run
+
+    found = open_run(run_dir).finish()
+    if found:
+        _say(f"{run_dir}: {len(found)} shares are not computed ({', '.join(map(str, found[:8]))}); cqsa work does that")
+        sys.exit(RunStopped.exit_code)
+    _say(f"{run_dir} is complete")
 
 
 @app.command()
@@ -270,14 +296,15 @@ def status(
     ] = False,
 ) -> None:
     """Say where a run stands, by what is on disk."""
+    from cqsa_stream.observers.lines import status_lines
     from cqsa_stream.run.opened import open_run
 
     opened = open_run(run_dir)
     while watch and opened.directory.at_work():
-        _show(opened.status(durable=False), as_json, _described)
+        _show(opened.status(durable=False), as_json, status_lines)
         time.sleep(1)
     found = opened.status()
-    _show(found, as_json, _described)
+    _show(found, as_json, status_lines)
     if watch and not found["complete"]:
         _say("stopped; the same run command resumes it")
 
@@ -294,10 +321,11 @@ def verify(
 
     The tolerance bounds the worst case of one row; errors are far below it as a rule.
     """
+    from cqsa_stream.observers.lines import figure_lines
     from cqsa_stream.run.opened import open_run
 
     found = open_run(run_dir).verify(rows=rows, seed=seed, fetch=fetch)
-    _show(asdict(found), as_json, _lines)
+    _show(asdict(found), as_json, figure_lines)
     if not found.complete:
         _say("the run is incomplete: only its finished rows were checked")
     if found.not_finite_rows:
@@ -307,16 +335,3 @@ def verify(
         wrong = "the output differs from the float64 reference beyond the tolerance"
         _say(damage if found.damaged_rows else wrong)
         sys.exit(1)
-
-
-def _described(found: dict[str, Any]) -> str:
-    """Return a run's status as text: its figures, then what was predicted beside what was measured."""
-    from cqsa_stream.observers.lines import side_by_side
-
-    plain = {name: value for name, value in found.items() if name not in ("predicted", "measured")}
-    return f"{_lines(plain)}\n\n{side_by_side(found['predicted'] or {}, found['measured'])}"
-
-
-def _lines(fields: dict[str, Any]) -> str:
-    width = max(map(len, fields))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in fields.items())

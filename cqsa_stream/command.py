@@ -82,7 +82,7 @@ class Command:
         Raises InputError and ArrayError; MismatchError where the target's run began with other arrays.
         """
         _refuse_what_cannot_be(words)
-        options = Options(**{field.name: words[field.name] for field in fields(Options)})
+        options = Options(**{field.name: words.get(field.name) for field in fields(Options)})
         reading = {name: words[name] for name in ("fill_missing", "layout")}
         out, places = words["out"], (words["run_dir"], words["lse"])
         target = None if out is None else Target.of(out, *places, fresh=words["fresh"], **reading)
@@ -169,6 +169,9 @@ def _refuse_what_cannot_be(words: Mapping[str, Any]) -> None:
     for name in ("run_dir", "lse"):
         if words["out"] is None and words[name] is not None:
             raise InputError(f"{name} without out: a run that can be resumed needs a path for its output; give out")
+    for name in ("shares", "workers", "executor", "address"):
+        if words["out"] is None and words.get(name) is not None:
+            raise InputError(f"{name} without out: workers meet on disk; give out, a path for the output")
     for name in ("is_causal", "enable_gqa", "return_lse", "fill_missing", "fresh"):
         flag = words.get(name, False)
         if not isinstance(flag, bool | np.bool_):

@@ -1,32 +1,38 @@
 """How to run, as opposed to what: checked once, where it is named, and handed on as it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from cqsa_stream.errors import InputError
 from cqsa_stream.kernels.choose import KERNELS, chosen
 from cqsa_stream.kernels.contract import KernelChoice
-from cqsa_stream.machine.budgets import parse_size
+from cqsa_stream.machine.budgets import free_budgets, parse_size
 from cqsa_stream.machine.calibration import load
-from cqsa_stream.machine.device import Device, device_of
+from cqsa_stream.machine.device import Device, device_of, devices_of
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.quorums import quorum_size
 from cqsa_stream.schedulers.schedules import AUTO, SCHEDULES
 from cqsa_stream.schedulers.search import MOST_CHUNKS
+from cqsa_stream.schedulers.shares import MOST_SHARES
 from cqsa_stream.scores import is_finite, is_number
 
 __all__ = ["Options"]
 
 CHECKPOINT_EVERY_S = 60.0
+EXECUTORS = ("local", "ray")
 _LARGEST_CALL = 65_536
+_MOST_WORKERS = 4_096
+_SHARES_OF_A_WORKER = 4  # so that those who are done first can take what is left
 
 
 @dataclass(frozen=True)
 class Options:
     """How to run, as opposed to what: none of it changes the result beyond rounding. None: not named by the user.
 
-    Sizes are bytes, or text as "4GiB"; after the making they are bytes, and times are float.
+    Sizes are bytes, or text as "4GiB"; after the making they are bytes, and times are float. ``workers`` and
+    ``executor``: how many processes, and who places them; ``address`` of the cluster. Local workers share the memory of
+    their machine: ``host_memory`` is that of all of them.
     """
 
     device: str | None = None
@@ -37,19 +43,29 @@ class Options:
     checkpoint_every_s: float | None = None
     max_seconds: float | None = None
     kernel: str | None = None
+    shares: int | None = None
+    workers: int | None = None
+    executor: str | None = None
+    address: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError where a value cannot be, whatever the problem."""
-        for name, known in (("kernel", KERNELS), ("schedule", (AUTO, *SCHEDULES))):
+        for name, known in (("kernel", KERNELS), ("schedule", (AUTO, *SCHEDULES)), ("executor", EXECUTORS)):
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise InputError(f"{name} {value!r}; expected one of {', '.join(known)}")
         if self.device is not None:
             self._set("device", str(self.device))
-        if self.chunks is not None:
-            if not is_number(self.chunks) or self.chunks % 1 or not 0 < self.chunks <= MOST_CHUNKS:
-                raise InputError(f"chunks {self.chunks!r}; expected a whole number, 1 to {MOST_CHUNKS}")
-            self._set("chunks", int(self.chunks))  # numpy's numbers are none of JSON's
+        for name, most in (("chunks", MOST_CHUNKS), ("shares", MOST_SHARES), ("workers", _MOST_WORKERS)):
+            value = getattr(self, name)
+            if value is not None:
+                if not is_number(value) or value % 1 or not 0 < value <= most:
+                    raise InputError(f"{name} {value!r}; expected a whole number, 1 to {most}")
+                self._set(name, int(value))  # numpy's numbers are none of JSON's
+        if self.shares == 1 and ((self.workers or 1) > 1 or self.executor == "ray"):
+            raise InputError("shares 1: only one worker could compute; name a few for each worker, or none")
+        if self.address is not None and self.executor != "ray":
+            raise InputError(f"address {self.address!r}: only executor ray has one; expected --executor ray with it")
         for name in ("checkpoint_every_s", "max_seconds"):
             value = getattr(self, name)
             if value is not None and not (is_finite(value) and value >= 0):
@@ -62,6 +78,29 @@ class Options:
     def budgets(self) -> tuple[int | None, int | None]:
         """Bytes of the device's memory and of the host's, as far as they were named."""
         return parse_size(self.device_memory, "device_memory"), parse_size(self.host_memory, "host_memory")
+
+    @property
+    def devices(self) -> list[str]:
+        """The device of each worker: all that are named, in turns where more workers are wanted."""
+        found = devices_of(self.device or AUTO)
+        return [found[n % len(found)] for n in range(self.workers or len(found))]
+
+    @property
+    def dealt(self) -> int:
+        """Into how many shares a new run is dealt: a few for each worker, where there are several."""
+        workers, several = len(self.devices), len(self.devices) > 1 or self.executor == "ray"
+        return self.shares or (_SHARES_OF_A_WORKER * workers if several else 1)
+
+    def of_a_worker(self) -> "Options":
+        """Return the options of one of the workers: the first device, and its part of the memory of the machine."""
+        together = 1 if self.executor == "ray" else len(self.devices)
+        host = parse_size(self.host_memory, "host_memory")
+        if host is None and together > 1:
+            host = free_budgets(device_of("cpu"))[1]
+        device = self.device if self.device is None else self.devices[0]
+        ours = device_of(device or AUTO).habits.host_reserved_bytes if together > 1 else 0  # who leads them holds it
+        host = None if host is None else max(1, (host - ours) // together)
+        return replace(self, device=device, workers=len(self.devices), host_memory=host)
 
     @property
     def interval_s(self) -> float:

@@ -3,9 +3,8 @@
 import logging
 import math
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from cqsa_stream.problem import Problem, dtype_bytes
 from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.model.memory import Layout, Workload
 from cqsa_stream.schedulers.model.traffic import Stored
-from cqsa_stream.schedulers.plan import Plan
+from cqsa_stream.schedulers.plan import Chosen, Plan
 from cqsa_stream.schedulers.request import Machine, Request
 from cqsa_stream.schedulers.schedules import AUTO
 from cqsa_stream.schedulers.search import make_plan, plan_again
@@ -28,19 +27,9 @@ from cqsa_stream.storage.contract import TokenArray
 from cqsa_stream.storage.errors import FullDiskError
 from cqsa_stream.storage.readers.plain import CACHED_BYTES
 
-__all__ = ["Chosen", "plan_run", "refuse_over_budget", "refuse_what_is_not_there"]
+__all__ = ["plan_run", "refuse_over_budget", "refuse_what_is_not_there"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What the bits of a result depend on, besides the problem and the grid. ``layout``: the plan's, as a dict."""
-
-    schedule: str
-    layout: dict[str, Any]
-    kernel: str
-    operator: str
 
 
 def plan_run(
@@ -52,14 +41,17 @@ def plan_run(
     out: Path | None = None,
     grid: Grid | None = None,
     out_tokens: int | None = None,
+    shares: int | None = None,
     fixed: tuple[Chosen, Options] | None = None,
 ) -> tuple[Plan, Device]:
     """Return the plan, over budget or not, and the device it is for. ``out``: where a new durable run's output goes;
-    ``grid`` and ``out_tokens`` of a run that has begun, and ``fixed``, what its last session chose, by what options.
+    ``grid``, ``out_tokens`` and ``shares`` of a run that has begun, and ``fixed``, what its last session chose, by what
+    options. With several shares nothing else can be chosen.
 
-    Raises InputError.
+    Raises InputError; BudgetError where what is fixed does not fit.
     """
     options.check(problem)
+    dealt = shares or options.dealt if durable else 1
     device, stored = device_of(options.device or "auto"), getattr(torch, problem.dtype)
     if problem.dtype == "float64" and device.habits.own_memory:
         raise InputError(f"float64 arrays on {device}: take --device cpu, or convert them to float32")
@@ -67,22 +59,29 @@ def plan_run(
     def asked(options: Options, choice: KernelChoice) -> tuple[Request, Machine]:
         kernel = kernel_of(choice, device.torch, stored)
         work = _workload(problem, arrays, kernel, merged_at_once=merges_at_once(device.torch), durable=durable)
-        request = _request(problem, arrays, work, options, grid=grid, out_tokens=out_tokens)
+        work = replace(work, merged_shares=dealt > 1)
+        request = _request(problem, arrays, work, options, grid=grid, out_tokens=out_tokens, shares=dealt)
         return request, describe(device, problem, choice, *options.budgets, out)
 
     plan = None
     if fixed is not None:
         chosen, before = fixed
-        with suppress(ValueError, KeyError, TypeError):  # InputError too: chosen by another version, or elsewhere
+        alone = shares in (None, 1)
+        with suppress(*((ValueError, KeyError, TypeError) if alone else ())):  # by another version, or elsewhere
             layout = Layout.from_dict(chosen.layout)
             plan = plan_again(*asked(before, KernelChoice(chosen.kernel, chosen.operator)), chosen.schedule, layout)
+        if plan is None and not alone:
+            raise BudgetError(
+                "the plan by which the run began does not fit this worker, or it is none of this device: allow as much "
+                "memory as it began with, or begin anew with less (--fresh)"
+            )
         if plan is None:
             _log.warning("what the last session chose does not fit any more; the run is planned anew")
     try:
         plan = plan or make_plan(*asked(options, options.kernel_choice(device, problem)))
     except ValueError as error:
         raise InputError(str(error)) from error
-    return replace(plan, about=str(problem)), device
+    return replace(plan, about=str(problem), shares=dealt), device
 
 
 def _request(
@@ -93,6 +92,7 @@ def _request(
     *,
     grid: Grid | None,
     out_tokens: int | None,
+    shares: int,
 ) -> Request:
     return Request(
         work=work,
@@ -109,6 +109,9 @@ def _request(
         checkpoint_every_s=options.interval_s,
         schedule=options.schedule or AUTO,
         chunks=options.chunks,
+        shares=shares,
+        workers=len(options.devices),
+        together=options.executor != "ray",
         grid=grid,
         out_tokens=out_tokens,
     )
@@ -123,6 +126,11 @@ def refuse_over_budget(plan: Plan) -> None:
     lines = [
         f"no plan fits: host memory {allowed:.1f} MiB allowed; the smallest that would do: --host-memory {host}MiB"
     ]
+    if plan.crew is not None and plan.crew.workers > 1:
+        lines = [
+            f"no plan fits: host memory {allowed:.1f} MiB allowed to each of {plan.crew.workers} workers; the smallest "
+            f"that would do: {host} MiB for each"
+        ]
     if plan.device_allowed_bytes is not None:
         lines.append(f"device memory {plan.device_allowed_bytes / 2**20:.1f} MiB allowed; --device-memory {device}MiB")
     if plan.least.pageable["output"]:

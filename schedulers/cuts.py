@@ -21,9 +21,18 @@ def cuts(request: Request, machine: Machine) -> list[tuple[Axis, Axis]]:
     if request.same_positions:
         found = [Axis.cut(request.keys, c, machine.turn) for c in _same_position_chunks(request, machine)]
         return [(axis, axis) for axis in found]
+    numbers = _row_chunks(request, machine)
+    return [(Axis.cut(request.queries, c, machine.turn), _columns(request, machine, c)) for c in numbers]
+
+
+def _columns(request: Request, machine: Machine, rows: int) -> Axis:
+    """Return the columns beside so many row chunks: as long as may be, but enough of them where shares are ranges of
+    columns.
+    """
     tokens = min(request.keys, machine.habits.column_tokens)
-    columns = Axis(request.keys, tokens, -(-request.keys // tokens))
-    return [(Axis.cut(request.queries, c, machine.turn), columns) for c in _row_chunks(request, machine)]
+    if request.work.lanes * rows < request.shares:
+        tokens = max(1, min(tokens, request.keys * request.work.lanes // request.shares))
+    return Axis(request.keys, tokens, -(-request.keys // tokens))
 
 
 def pair_flops(work: Workload, rows: int, columns: int) -> float:

@@ -178,6 +178,8 @@ class Layouts:
         filled = case.rows.filled
         pair = pair_flops(self.work, case.rows.chunk_tokens, case.columns.chunk_tokens)
         most = max(1, min(filled, int(self.machine.step_flops / pair)))
+        if self.work.lanes * filled >= self.request.shares:  # else they are ranges of columns
+            most = min(most, filled // -(-self.request.shares // self.work.lanes))
         leaving = replace(layout, resident_rows=min(2, filled))  # a row leaves while the next one comes
         fits = self._one_pool and self.fits(case, leaving)  # elsewhere they leave through the outbox
         spare = leaving.resident_rows - 1 if fits else 0

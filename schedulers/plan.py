@@ -4,11 +4,45 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cqsa_stream.schedulers.grid import Grid
+from cqsa_stream.schedulers.model.crew import Crew
 from cqsa_stream.schedulers.model.memory import Footprint, Layout
 from cqsa_stream.schedulers.model.seconds import Cost
 from cqsa_stream.schedulers.schedules import SCHEDULES
 
-__all__ = ["Plan"]
+__all__ = ["Chosen", "Plan"]
+
+_MOST_NAMES, _LONGEST_NAME = 64, 100
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the bits of a result depend on, besides the problem and the grid. ``layout``: the plan's, as a dict."""
+
+    schedule: str
+    layout: dict[str, Any]
+    kernel: str
+    operator: str
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Chosen":
+        """Raises ValueError where this is not what a plan could have chosen, TypeError where it is no such dict."""
+        found = cls(**fields)
+        names = (found.schedule, found.kernel, found.operator)
+        if not all(type(name) is str and len(name) <= _LONGEST_NAME for name in names) or names[0] not in SCHEDULES:
+            raise ValueError(f"schedule, kernel and operator {str(names)[:_LONGEST_NAME]}")
+        if type(found.layout) is not dict or not _is_sizes(found.layout):
+            raise ValueError(f"a layout {str(found.layout)[:_LONGEST_NAME]}")
+        return found
+
+
+def _is_sizes(fields: dict[Any, Any], inner: bool = False) -> bool:
+    """Return whether these are a layout's names and whole numbers; one level deeper, those of a tile."""
+    return len(fields) <= _MOST_NAMES and all(
+        type(value) is bool
+        or (type(value) is int and 0 <= value < 2**62)
+        or (type(value) is dict and not inner and _is_sizes(value, True))
+        for value in fields.values()
+    )
 
 
 @dataclass(frozen=True)
@@ -18,8 +52,9 @@ class Plan:
     ``operator``: which of the operators of a kernel. ``least``: what the smallest plan for the same problem would hold.
     ``*_free_bytes``: what the machine has, and ``device_reserved_bytes`` what the driver and its libraries hold there
     besides; None where that is not known.
-    ``scores``: those of one head that are visible. ``candidates``: the best plan of each schedule weighed. ``about``:
-    the problem, in a line.
+    ``scores``: those of one head that are visible. ``shares``: into how many the tasks are dealt, and ``crew``: what
+    the workers take that compute them; the footprint is that of each, its disk that of all. ``candidates``: the best
+    plan of each schedule weighed. ``about``: the problem, in a line.
     """
 
     schedule: str
@@ -40,8 +75,15 @@ class Plan:
     host_free_bytes: int | None = None
     disk_free_bytes: int | None = None
     scores: int = 0
+    shares: int = 1
+    crew: Crew | None = None
     candidates: tuple["Plan", ...] = ()
     about: str = ""
+
+    @property
+    def chosen(self) -> Chosen:
+        """What the bits of the result depend on."""
+        return Chosen(self.schedule, asdict(self.layout), self.kernel, self.operator)
 
     @property
     def fits(self) -> bool:
@@ -89,6 +131,9 @@ class Plan:
             "operator": self.operator,
             "tile": asdict(self.layout.tile),
             "tasks": self.tasks,
+            "shares": self.shares,
+            "workers": 1 if self.crew is None else self.crew.workers,
+            "crew": None if self.crew is None else asdict(self.crew),
             "pairs": self.pairs,
             "scores": self.scores,
             "density": self.density,
@@ -139,6 +184,7 @@ def _described(plan: Plan) -> str:
         f"grid       {rows.chunks} chunks of {rows.chunk_tokens} tokens, {plan.pairs} pairs, "
         f"{plan.flops / 1e12:,.3f} TFLOP",
         f"mask       {plan.grid.mask}: {100 * plan.density:.3g} % of the scores are visible",
+        *_crew(plan.crew),
         "",
         *_columns([("memory", "projected", "reserved", "allowed", "free", ""), *_pools(plan)]),
         "",
@@ -150,6 +196,21 @@ def _described(plan: Plan) -> str:
         device = f", device {_size(plan.least.device_bytes)}" if plan.device_allowed_bytes is not None else ""
         lines.append(f"the smallest that would do: host {_size(plan.least.host_bytes)}{device}")
     return "\n".join(lines)
+
+
+def _crew(crew: Crew | None) -> list[str]:
+    """Describe the workers, what they merge, and when the disk is their limit."""
+    if crew is None:
+        return []
+    merge = f"{_size(crew.merge_bytes)} in {crew.merge_s:,.1f} s" if crew.merge_bytes else "nothing"
+    limit = f"a disk that all share is the limit from {crew.disk_limits_at} workers on"
+    if crew.workers >= crew.disk_limits_at:
+        limit = f"the disk is the limit where all share one, as from {crew.disk_limits_at} workers on"
+    return [
+        f"workers    {crew.workers} for {crew.shares} shares: each reads {_size(crew.bytes_read_each)} and holds "
+        f"{_size(crew.host_bytes_each)}",
+        f"merge      {merge}; {limit}",
+    ]
 
 
 def _pools(plan: Plan) -> list[tuple[str, ...]]:

@@ -25,6 +25,7 @@ class Rectangular:
     def __init__(self, grid: Grid, rows_per_task: int) -> None:
         self.grid = grid
         self.rows_per_task = rows_per_task
+        self._weights: list[int] | None = None
 
     @classmethod
     def least_rows(cls, rows: Axis) -> int:
@@ -41,6 +42,12 @@ class Rectangular:
         needed = {row: self.grid.needed(row) for row in self._rows(number)}
         columns = self.chunks_of(number)[1]
         return Task.of(number, lane, ((b, tuple(a for a, those in needed.items() if b in those)) for b in columns))
+
+    def weights(self) -> list[int]:
+        """The pairs of each task."""
+        if self._weights is None:
+            self._weights = [sum(len(self.grid.needed(row)) for row in self._rows(t)) for t in range(len(self))]
+        return self._weights
 
     def chunks_of(self, number: int) -> tuple[list[int], Runs]:
         needed = {row: found for row in self._rows(number) if (found := self.grid.needed(row))}

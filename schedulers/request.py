@@ -49,6 +49,8 @@ class Request:
     """What is to be planned. ``chunks`` and ``schedule`` are given where a user forces them; ``grid`` and
     ``out_tokens`` where a run has begun, whose output is stored in chunks of so many tokens.
 
+    ``shares``: into how many lists the tasks are dealt, which ``workers`` compute at the same time, on one machine
+    where they are ``together``.
     ``cached``: the share of the arrays that the system holds in memory now: it changes what a plan takes, not which.
     ``mask`` is over (query rows, keys), both counted from 0; ``arrays``: how query, key and value are stored.
     """
@@ -65,3 +67,6 @@ class Request:
     chunks: int | None = None
     grid: Grid | None = None
     out_tokens: int | None = None
+    shares: int = 1
+    workers: int = 1
+    together: bool = True

@@ -7,6 +7,7 @@ from cqsa_stream.schedulers.cuts import MOST_CHUNKS, cuts
 from cqsa_stream.schedulers.grid import Axis, Grid
 from cqsa_stream.schedulers.layouts import Case, Layouts
 from cqsa_stream.schedulers.masks.calls import Tile
+from cqsa_stream.schedulers.model.crew import Crew, crew
 from cqsa_stream.schedulers.model.memory import Footprint, Layout
 from cqsa_stream.schedulers.model.rates import Rates, TileTimes
 from cqsa_stream.schedulers.model.seconds import Cost, cost, kernel_s
@@ -144,7 +145,19 @@ class _Search:
     def costed(self, plan: Plan, count: Traffic, rates: Rates, cached: float = 0.0) -> Plan:
         """Return a plan with its price by these rates, where a share of the arrays is in memory already."""
         schedule = self._schedule(plan.schedule, plan.grid, plan.layout)
-        return replace(plan, cost=self._cost(schedule, plan.layout, count, rates, plan.footprint, cached))
+        cost = self._cost(schedule, plan.layout, count, rates, plan.footprint, cached)
+        if self.request.shares == 1:
+            return replace(plan, cost=cost)
+        found = self._crew(schedule, plan.layout, cost, rates, plan.footprint)
+        disk = {**plan.footprint.disk, "partials of shares": found.merge_bytes}
+        held = replace(plan.footprint, disk=disk if self.work.durable else {})
+        return replace(plan, cost=replace(cost, seconds=found.seconds), crew=found, footprint=held)
+
+    def _crew(self, schedule: Schedule, layout: Layout, cost: Cost, rates: Rates, held: Footprint) -> Crew:
+        """Return what the workers of the run take."""
+        asked, one = self.request, self.request.together and not self.machine.habits.own_memory
+        dealt = asked.shares, asked.workers
+        return crew(self.work, schedule, layout, cost, rates.speeds, *dealt, held.host_bytes, one_processor=one)
 
     def _priced(self, case: Case, layout: Layout, least: Footprint) -> Plan:
         grid = self._grid(case)
@@ -214,7 +227,9 @@ class _Search:
 
     @cached_property
     def _axes(self) -> list[tuple[Axis, Axis]]:
-        return cuts(self.request, self.machine)
+        found = cuts(self.request, self.machine)
+        enough = [axes for axes in found if self.work.lanes * axes[0].filled >= self.request.shares]
+        return enough or found  # a share that has row chunks of its own has nothing to merge
 
     def _least(self, kind: Kind) -> tuple[Case, Layout]:
         """Return what needs the least memory of all that the planner would offer."""

@@ -1,6 +1,6 @@
 """Tasks, the units of work; and what a schedule is: an order of all needed pairs of a lane, grouped into tasks."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -40,7 +40,7 @@ class Task:
         return Task.of(self.number, self.lane, steps)
 
 
-class Schedule(Protocol):
+class Schedule(Hashable, Protocol):
     """An order of all needed pairs of a lane.
 
     ``returns``: several tasks add to the sums of a row chunk, which come and go between them. ``movable``: the tasks
@@ -70,6 +70,9 @@ class Schedule(Protocol):
 
     def task(self, number: int, lane: int) -> Task:
         """Return a task of a lane; it may have no pairs."""
+
+    def weights(self) -> Sequence[int]:
+        """How much work each task of a lane is, compared with the others."""
 
     def chunks_of(self, number: int) -> tuple[Collection[int], Sequence[int]]:
         """Return the row chunks and the column chunks of a task."""

@@ -13,7 +13,7 @@ import re
 import secrets
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,22 +22,25 @@ from cqsa_stream.storage.errors import FullDiskError
 from cqsa_stream.storage.processes import boot, boot_and_start, lives
 
 __all__ = [
+    "has_ended",
     "is_temporary",
     "make_directory",
     "open_regular",
+    "owner",
     "replace_file",
     "sweep",
     "sync_directory",
     "temporary_name",
 ]
 
-_NAME = re.compile(r"(.+)\.([0-9a-f]{8})-([0-9a-f]{8})-(\d+)-(\d+)-(\d+)-[0-9a-f]{16}\.tmp", re.ASCII)
+_OWNER = re.compile(r"([0-9a-f]{8})-([0-9a-f]{8})-(\d+)-(\d+)-(\d+)", re.ASCII)
+_NAME = re.compile(r"(.+)\.([0-9a-f]{8}-[0-9a-f]{8}-\d+-\d+-\d+)-[0-9a-f]{16}\.tmp", re.ASCII)
 _durable: set[Path] = set()
 
 
 def temporary_name(path: Path) -> Path:
     """Return where this process may write what is to become the file: a name that no other writer has or had."""
-    return path.with_name(f"{path.name}.{_owner()}-{secrets.token_hex(8)}.tmp")
+    return path.with_name(f"{path.name}.{owner()}-{secrets.token_hex(8)}.tmp")
 
 
 def is_temporary(name: str, of: str) -> bool:
@@ -62,17 +65,24 @@ def sweep(directory: Path) -> None:
 def _is_left_over(name: str) -> bool:
     """Return whether the owner of a temporary file is known to be dead."""
     match = _NAME.fullmatch(name)
-    running = boot()
+    return match is not None and has_ended(match[2])
+
+
+def has_ended(owner: str) -> bool:
+    """Return whether a process, by what ``owner`` returned in it, is known to have ended; nobody knows of another
+    host's.
+    """
+    match, running = _OWNER.fullmatch(owner), boot()
     if match is None or running is None:
         return False
-    host, booted, namespace, pid, start = match.groups()[1:]
+    host, booted, namespace, pid, start = match.groups()
     if (host, namespace) != (_digest(socket.gethostname()), _pid_namespace()):
         return False
     return booted != _digest(running) or not lives(int(pid), start)
 
 
-def _owner() -> str:
-    """Return who writes, for names; where the system does not tell all of it, no sweep understands them."""
+def owner() -> str:
+    """Return who writes, for names; where the system does not tell all of it, nobody else knows when that has ended."""
     pid = os.getpid()
     booted, start = boot_and_start(pid) or ("", "unknown")
     return f"{_digest(socket.gethostname())}-{_digest(booted)}-{_pid_namespace()}-{pid}-{start}"
@@ -90,9 +100,10 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def replace_file(path: Path, parts: Sequence[Any]) -> None:
+def replace_file(path: Path, parts: Sequence[Any], guard: Callable[[], object] | None = None) -> None:
     """Make ``parts`` (buffers) the content of the file: it is seen whole or not at all.
 
+    ``guard`` is called when all is written and nothing is seen of it yet; where it raises, the file is left as it was.
     Whatever fails, the file is whole: it has its old content, or the new. Raises OSError naming it, FullDiskError where
     the disk is full.
     """
@@ -107,6 +118,8 @@ def replace_file(path: Path, parts: Sequence[Any]) -> None:
             os.fsync(file)
         finally:
             os.close(file)
+        if guard is not None:
+            guard()
         temporary.replace(path)
         sync_directory(path.parent)
     except BaseException as error:

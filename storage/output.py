@@ -3,6 +3,7 @@
 import errno
 import math
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,13 @@ def read(target: ts.TensorStore) -> np.ndarray:
     return found
 
 
-def write_chunk(array: ts.TensorStore, cell: tuple[int, ...], values: np.ndarray) -> None:
+def write_chunk(
+    array: ts.TensorStore, cell: tuple[int, ...], values: np.ndarray, guard: Callable[[], object] | None = None
+) -> None:
     """Store one chunk of an array with crc32c durably, itself and the directories to it: a chunk is seen whole or not.
 
-    The last chunk of an axis is padded with zeros. Raises OSError naming the file, or FullDiskError.
+    The last chunk of an axis is padded with zeros. ``guard`` is that of ``replace_file``. Raises OSError naming the
+    file, or FullDiskError.
     """
     chunk = array.chunk_layout.write_chunk.shape
     assert chunk is not None
@@ -127,7 +131,7 @@ def write_chunk(array: ts.TensorStore, cell: tuple[int, ...], values: np.ndarray
         raise OSError(errno.ELOOP, "a link leads out of the array; expected its own folder", str(path.parent))
     make_directory(path.parent)
     sweep(path.parent)
-    replace_file(path, [data, crc32c(data).to_bytes(_CHECKSUM_BYTES, "little")])
+    replace_file(path, [data, crc32c(data).to_bytes(_CHECKSUM_BYTES, "little")], guard)
 
 
 def chunk_is_whole(array: ts.TensorStore, cell: tuple[int, ...]) -> bool:

@@ -1,13 +1,14 @@
 """The durable store of partials: one self-describing file each, replaced by rename.
 
     <share>-<sum>-<lane>-<chunk>.partial:  4 KiB header | cover bitmap | the fields of the sum     (little-endian)
+    <sum>-<lane>-<chunk>.finished:         4 KiB header
 
 The header holds the run's hash, the place (share, sum, lane, chunk), the lengths, and CRC-32C checksums of itself, of
-the cover and of the fields in their order. A finished chunk's file is the header alone: it says that the output holds
-the chunk. Cover and numbers are replaced together, so they can never disagree; a file that fails a check is set aside
-as ``.damaged``, and its pairs count as not done.
+the cover and of the fields in their order. The word that a chunk is finished is a header alone: the output holds the
+chunk, and whatever partials of it come late count for nothing. Cover and numbers are replaced together, so they can
+never disagree; a file that fails a check is set aside as ``.damaged``, and its pairs count as not done.
 
-A store writes the files of one share. Several stores, each of another share, may work in one directory at a time.
+A store writes the partials of one share. Several stores, each of another share, may work in one directory at a time.
 """
 
 import errno
@@ -20,7 +21,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,26 +34,38 @@ from cqsa_stream.storage.retrying import retrying
 __all__ = ["Header", "PartialStore", "SumFiles"]
 
 _MAGIC = b"CQSAPART"
-_VERSION = 2
+_VERSION = 3
 _LAYOUT = struct.Struct("<8sIB3x32s7QII")  # ... cover, fields checksums; the header's own follows
 _HEADER_BYTES = 4096
 _CHECKSUM = struct.Struct("<I")
-_NAME = re.compile(r"(\d{3,18})-(\d{2,18})-(\d{6,18})-(\d{6,18})\.partial", re.ASCII)
+_NAME = re.compile(r"(?:(\d{3,18})-)?(\d{2,18})-(\d{6,18})-(\d{6,18})\.(?:partial|finished)", re.ASCII)
+_WORD = 1 << 62  # instead of a share: all together have finished the chunk
 _MAY_NOT = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOENT)
 _log = logging.getLogger(__name__)
 
 
 class _Place(NamedTuple):
-    """Whose partial a file holds."""
+    """Whose partial a file holds; of no share, but ``_WORD``: it says that the chunk is finished."""
 
     share: int
     sum: int
     lane: int
     chunk: int
 
+    @classmethod
+    def of(cls, name: str) -> "_Place | None":
+        """Return what the file of this name holds; None where it is none of ours."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        share = _WORD if match[1] is None else int(match[1])
+        found = cls(share, *map(int, match.groups()[1:]))
+        return found if found.name == name else None
+
     @property
     def name(self) -> str:
-        return f"{self.share:03d}-{self.sum:02d}-{self.lane:06d}-{self.chunk:06d}.partial"
+        chunk = f"{self.sum:02d}-{self.lane:06d}-{self.chunk:06d}"
+        return f"{chunk}.finished" if self.share == _WORD else f"{self.share:03d}-{chunk}.partial"
 
 
 @dataclass(frozen=True)
@@ -113,12 +125,20 @@ class Header:
         return cls(run, share, sum_, lane, chunk, bool(finished), *rest)
 
 
+@dataclass
+class _Moved:
+    """The bytes that the stores of a session have moved."""
+
+    read: int = 0
+    written: int = 0
+
+
 class PartialStore:
     """The partials of one share of a run, in the run's directory of partials.
 
     What a file claims is checked against the ``SumFiles`` of its sum. Files of other lanes, sums or chunks are not
-    looked at. Files of other shares are read, and changed in two cases only: their chunk is finished, or it is no
-    longer.
+    looked at. Files of other shares are read, and changed in one case only: their chunk is finished.
+    ``guard`` is called before anything that is stored is seen, and raises where it must not be.
     """
 
     keeps = True
@@ -127,17 +147,25 @@ class PartialStore:
         self.directory = directory
         self.run = run
         self.lanes, self.sums, self.share = lanes, sums, share
-        self.bytes_written = 0
-        self.bytes_read = 0
-        self.ready: Callable[[], object] = lambda: None  # waited for before anything is stored
+        self.guard: Callable[[], object] = lambda: None
+        self._moved = _Moved()
         self._seen = {share}  # the shares that have, or had, files here
         self._counting = threading.Lock()  # chunks are finished in one thread and committed in another
         self._ours = False  # whether damaged files may be set aside
 
+    @property
+    def bytes_written(self) -> int:
+        return self._moved.written
+
+    @property
+    def bytes_read(self) -> int:
+        return self._moved.read
+
     def of(self, share: int) -> "PartialStore":
-        """Return the store of another share of the same run."""
+        """Return the store of another share of the same run; what it moves counts as this one's."""
         found = PartialStore(self.directory, self.run, self.lanes, self.sums, share)
-        found.ready = self.ready
+        found.guard, found._moved, found._counting = self.guard, self._moved, self._counting
+        found._ours = self._ours
         return found
 
     def prepare(self) -> None:
@@ -145,26 +173,22 @@ class PartialStore:
         self._ours = True
         make_directory(self.directory)
         sweep(self.directory)
-        places = self._stored()
-        for neighbours in pairwise(places):
-            if len({place[1:] for place in neighbours}) == 1:  # a chunk of several shares
-                for place in filter(self._is_finished, neighbours):
-                    self._discard_merged(place)
+        for place in self._stored():
+            if place.share == _WORD and self._checked(place) is not None:
+                self._discard_merged(place)
 
     def commit(self, sum_: int, lane: int, chunk: int, cover: int, fields: Sequence[np.ndarray]) -> None:
         """Store a partial durably: after return it survives a crash, before it the previous one does."""
-        self.ready()
         bitmap = cover.to_bytes(self.sums[sum_].cover_bytes, "little")
         self._replace(_Place(self.share, sum_, lane, chunk), bitmap, _bytes_of(fields))
 
     def finish(self, sum_: int, lane: int, chunk: int, checksum: int) -> None:
-        """Replace the partial of a chunk, whose output is durable, by the word that it is finished.
+        """Note, durably, that the output of a chunk is durable.
 
-        Afterwards the partials are removed that other shares hold of it, as far as this store has looked at their
-        files (``prepare``, ``covers``, ``headers``, ``shares``): the output has merged them.
+        Afterwards its partials are removed, of all shares at whose files this store has looked (``prepare``,
+        ``covers``, ``headers``): the output has merged them.
         """
-        self.ready()
-        place = _Place(self.share, sum_, lane, chunk)
+        place = _Place(_WORD, sum_, lane, chunk)
         self._replace(place, b"", (), checksum)
         self._discard_merged(place)
 
@@ -184,10 +208,13 @@ class PartialStore:
                 yield found
 
     def shares(self, sum_: int, lane: int, chunk: int) -> list[int]:
-        """Return the shares that hold a partial of a chunk, in ascending order; those that finished it do not count."""
-        places = [place for place in self._stored() if place[1:] == (sum_, lane, chunk)]
-        found = [self._checked(place) for place in places]
-        return [header.share for header, _ in filter(None, found) if not header.finished]
+        """Return the shares that hold a partial of a chunk, in ascending order; none where it is finished.
+
+        Of those at whose files this store has looked (``prepare``, ``covers``, ``headers``).
+        """
+        places = [_Place(share, sum_, lane, chunk) for share in sorted(self._seen | {_WORD})]
+        found = [header for header, _ in filter(None, map(self._checked, places))]
+        return [] if any(header.finished for header in found) else [header.share for header in found]
 
     def load_into(self, sum_: int, lane: int, chunk: int, fields: Sequence[np.ndarray]) -> int:
         """Fill the fields with this share's partial and return its cover; 0, where there is none or it is damaged."""
@@ -195,17 +222,15 @@ class PartialStore:
         if not self._path(place).exists():  # an error would keep what its traceback refers to
             return 0
         found = self._checked(place, _bytes_of(fields))
-        if found is None or found[0].finished:
+        if found is None:
             return 0
-        self.bytes_read += _HEADER_BYTES + found[0].cover_bytes + found[0].field_bytes
+        with self._counting:
+            self._moved.read += _HEADER_BYTES + found[0].cover_bytes + found[0].field_bytes
         return found[1]
 
     def unfinish(self, sum_: int, lane: int, chunk: int) -> None:
-        """Take back the word, of whichever share, that a chunk is finished: its output is gone or damaged."""
-        for share in sorted(self._seen):
-            place = _Place(share, sum_, lane, chunk)
-            if self._is_finished(place):
-                self._path(place).unlink(missing_ok=True)
+        """Take back the word that a chunk is finished: its output is gone or damaged."""
+        self._path(_Place(_WORD, sum_, lane, chunk)).unlink(missing_ok=True)
 
     def make_durable(self) -> None:
         """Make what ``covers`` returned survive a power cut, as far as this process may: its writer is about to."""
@@ -221,25 +246,21 @@ class PartialStore:
             names = os.listdir(self.directory)  # noqa: PTH208 - names are all that is needed
         except FileNotFoundError:
             return []
-        places = {_Place(*map(int, match.groups())) for name in names if (match := _NAME.fullmatch(name))}
         ours = [
             place
-            for place in places
-            if place.lane < self.lanes and place.sum < len(self.sums) and place.chunk < self.sums[place.sum].chunks
+            for place in map(_Place.of, names)
+            if place is not None
+            and place.lane < self.lanes
+            and place.sum < len(self.sums)
+            and place.chunk < self.sums[place.sum].chunks
         ]
-        self._seen.update(place.share for place in ours)
+        self._seen.update(place.share for place in ours if place.share != _WORD)
         return sorted(ours, key=lambda place: (place.lane, place.chunk, place.sum, place.share))
 
-    def _discard_merged(self, place: _Place) -> None:
-        """Remove the partials of a finished chunk. Of two shares that finish it at a time, at least one word stays."""
-        for share in self._seen - {place.share}:
-            other = place._replace(share=share)
-            if not self._is_finished(other):
-                self._path(other).unlink(missing_ok=True)
-
-    def _is_finished(self, place: _Place) -> bool:
-        found = self._checked(place)
-        return found is not None and found[0].finished
+    def _discard_merged(self, word: _Place) -> None:
+        """Remove the partials of a finished chunk."""
+        for share in self._seen:
+            self._path(word._replace(share=share)).unlink(missing_ok=True)
 
     def _checked(self, place: _Place, fields: Sequence[memoryview] = ()) -> tuple[Header, int] | None:
         """Return what ``_read`` does; None where there is no file, or it is damaged: one of this share is set aside."""
@@ -248,7 +269,7 @@ class PartialStore:
         except FileNotFoundError:  # removed or set aside meanwhile by the process that works in the run
             return None
         except DamagedError as error:
-            if self._ours and place.share == self.share:
+            if self._ours and place.share in (self.share, _WORD):
                 path = self._path(place)
                 with suppress(FileNotFoundError):
                     path.replace(path.with_suffix(".damaged"))
@@ -285,6 +306,8 @@ class PartialStore:
     def _refuse_misfit(self, header: Header, place: _Place, size: int) -> None:
         """Raise DamagedError where a header does not say what it must."""
         files = self.sums[place.sum]
+        if header.finished != (place.share == _WORD):
+            raise DamagedError(f"finished {header.finished}, in a file that cannot be")
         lengths = (0, 0) if header.finished else (files.cover_bytes, sum(files.field_bytes(place.chunk)))
         found = (header.run, header.share, header.sum, header.lane, header.chunk, header.covered)
         if found != (self.run, *place, files.covered) or (header.cover_bytes, header.field_bytes) != lengths:
@@ -301,9 +324,10 @@ class PartialStore:
         assert output is not None or [*map(len, fields)] == [*files.field_bytes(place.chunk)]
         lengths = (len(bitmap), size, files.covered)
         header = Header(self.run, *place, output is not None, *lengths, crc32c(bitmap), checksum)
-        replace_file(self._path(place), [header.pack(), *(part for part in (bitmap, *fields) if len(part))])
+        parts = [header.pack(), *(part for part in (bitmap, *fields) if len(part))]
+        replace_file(self._path(place), parts, self.guard)
         with self._counting:
-            self.bytes_written += _HEADER_BYTES + len(bitmap) + size
+            self._moved.written += _HEADER_BYTES + len(bitmap) + size
 
     def _path(self, place: _Place) -> Path:
         return self.directory / place.name

@@ -245,7 +245,7 @@ def test_an_observer_does_not_replace_the_real_error(tmp_path: Path) -> None:
         raise ValueError("a bug of the observer's")
 
     with pytest.raises(cqsa.RunStopped, match="max_seconds"):
-        cqsa.attention(*qkv(512), chunks=7, out=tmp_path / "out", max_seconds=0, observers=(broken,))
+        cqsa.attention(*qkv(512), chunks=7, out=tmp_path / "out", max_seconds=1e-3, observers=(broken,))
     assert cqsa.open_run(tmp_path / "out.run").status()["pairs_done"] > 0
 
 

@@ -224,11 +224,11 @@ def test_watching_does_not_burden_the_run(cli: Cli, tmp_path: Path, monkeypatch:
 @pytest.mark.usefixtures("data")
 def test_verify_says_that_a_run_is_incomplete(cli: Cli) -> None:
     words = ("--chunks", 13, "--schedule", "rectangular", "--causal", "--device", "cpu")
-    assert cli("run", *QKV, "o", *words, "--max-seconds", 0).returncode == 3
+    assert cli("run", *QKV, "o", *words, "--max-seconds", 1e-3).returncode == 3
     for _ in range(200):
         if json.loads(cli("status", "o.run", "--json").stdout)["rows_done"]:
             break
-        assert cli("run", *QKV, "o", "--max-seconds", 0, "--host-memory", "25MiB").returncode == 3
+        assert cli("run", *QKV, "o", "--causal", "--max-seconds", 1e-3, "--host-memory", "25MiB").returncode == 3
     found = cli("verify", "o.run", "--json")
     assert found.returncode == 0
     assert not json.loads(found.stdout)["complete"]

@@ -76,14 +76,14 @@ def test_nothing_is_stored_before_they_are_known(
     store = directory.store(manifest)
     store.prepare()
     with Looking(arrays, directory, manifest) as look:
-        store.ready = look.wait
+        store.guard = look.wait
         thread = threading.Thread(target=store.of(0).finish, args=(0, 0, 0, 1))
         thread.start()
         assert thread.is_alive()
-        assert not list(store.directory.glob("*.partial"))
+        assert not list(store.directory.glob("*.finished"))
         go_on.set()
         thread.join()
-    assert list(store.directory.glob("*.partial"))
+    assert list(store.directory.glob("*.finished"))
     assert directory.manifest().inputs["query"]["fingerprint"] == fingerprints(arrays)["query"]
     assert directory.manifest().run_hash == manifest.run_hash
 
@@ -99,10 +99,11 @@ def test_what_reading_them_raises_ends_the_run(
 
     monkeypatch.setattr(looking, "fingerprints", refuse)
     store = directory.store(directory.manifest())
+    store.prepare()
     with ExitStack() as held:
-        store.ready = held.enter_context(Looking({}, directory, directory.manifest())).wait
+        store.guard = held.enter_context(Looking({}, directory, directory.manifest())).wait
         with pytest.raises(ArrayError, match="damaged"):
-            store.commit(0, 0, 0, 1, [])
+            store.finish(0, 0, 0, 1)
         with pytest.raises(ArrayError, match="damaged"):
             held.close()
     error = ValueError("another")

@@ -264,21 +264,6 @@ def killed_in_a_share(folder: str, schedule: str) -> None:
     bench.engine(bench.forward(), kill, Share(1, 2)).run()
 
 
-def test_a_share_is_its_tasks(tmp_path: Path) -> None:
-    bench = forward_bench(tmp_path / "bench", "cqs")
-    engine = bench.engine(bench.forward())
-    schedule = engine.schedule
-    for count in (1, 2, 3, 5, 100):
-        for lanes in (1, 3):
-            dealt = [
-                (lane, task.number)
-                for number in range(count)
-                for lane in range(lanes)
-                for task in Share(number, count).tasks(schedule, lane, lanes)
-            ]
-            assert dealt == [(lane, number) for lane in range(lanes) for number in range(len(schedule))]
-
-
 def test_a_share_that_stops_goes_on(tmp_path: Path) -> None:
     bench = forward_bench(tmp_path / "bench", "cqs")
     steps = 0

@@ -25,7 +25,7 @@ def modules() -> dict[str, Path]:
 
 ROOMS = (  # each imports rooms to its left only: a folder of cqsa_stream, or a file at its root
     "errors", "events", "scores", "masks", "problem", "kernels", "machine", "options", "engine", "operations",
-    "planning", "inputs", "command", "observers", "verification", "run", "generate", "api", "bench", "cli",
+    "planning", "inputs", "command", "observers", "verification", "run", "executors", "generate", "api", "bench", "cli",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tests.conftest import left_over
 RUN = bytes(range(32))
 ROWS = [(10, 40), (10, 40), (4, 16)]
 COLUMNS = [6, 5]
-FILE = "000-00-000000-000000.partial"
+FILE, WORD = "000-00-000000-000000.partial", "00-000000-000000.finished"
 
 
 def store(path: Path, run: bytes = RUN, columns: int = 11, share: int = 0) -> PartialStore:
@@ -99,11 +99,12 @@ def test_no_flipped_bit_goes_unnoticed(place: float, bit: int, finished: bool, t
     found.commit(0, 0, 0, 0b101, numbers(0))
     if finished:
         found.finish(0, 0, 0, 99)
-    file = tmp_path / "partials" / FILE
+    file = tmp_path / "partials" / (WORD if finished else FILE)
     data = bytearray(file.read_bytes())
     data[int(place * len(data))] ^= 1 << bit
     file.write_bytes(data)
     assert load(found, 0)[0] == 0
+    assert found.covers() == [{}, {}]
     assert not file.exists()
     assert file.with_suffix(".damaged").exists()
 
@@ -171,13 +172,13 @@ def test_finishing_removes_what_other_shares_hold(share: int, tmp_path: Path) ->
     for number, each in shares.items():
         each.commit(0, 0, 1, 1 << number, numbers(1))
         each.commit(0, 0, 0, 1 << number, numbers(0))
+    assert shares[share].covers() == [{0: 0b111, 1: 0b111}, {}]
     assert shares[share].shares(0, 0, 1) == [0, 1, 2]
     shares[share].finish(0, 0, 1, 7)
     assert shares[share].shares(0, 0, 1) == []
     assert all(each.covers() == [{0: 0b111, 1: None}, {}] for each in shares.values())
-    assert names(tmp_path) == sorted(
-        [*(f"00{n}-00-000000-000000.partial" for n in range(3)), f"00{share}-00-000000-000001.partial"]
-    )
+    kept = [f"00{n}-00-000000-000000.partial" for n in range(3)]
+    assert names(tmp_path) == ["00-000000-000001.finished", *kept]
     shares[1].unfinish(0, 0, 1)
     assert shares[0].covers() == [{0: 0b111}, {}]
 
@@ -191,15 +192,34 @@ def test_a_partial_of_a_finished_chunk_is_dead(tmp_path: Path) -> None:
     assert second.covers() == [{1: None}, {}]
     assert len(names(tmp_path)) == 4
     store(tmp_path, share=3)
+    assert names(tmp_path) == ["00-000000-000001.finished"]
+
+
+def test_the_share_that_finished_a_chunk_cannot_take_it_back_by_mistake(tmp_path: Path) -> None:
+    """A worker that was stopped, and whose share another has taken over and finished, commits what it had."""
+    stale, other = store(tmp_path), store(tmp_path)
+    stale.commit(0, 0, 1, 0b1, numbers(1))
+    other.finish(0, 0, 1, 7)
+    stale.commit(0, 0, 1, 0b11, numbers(1))
+    assert other.covers() == [{1: None}, {}]
+
+
+def test_a_guard_is_asked_before_anything_is_seen(tmp_path: Path) -> None:
+    found = store(tmp_path)
+    found.commit(0, 0, 1, 0b1, numbers(1))
+
+    def guard() -> None:
+        assert any(name.endswith(".tmp") for name in names(tmp_path)), "all is written by then"
+        raise ValueError("not ours any more")
+
+    found.guard = guard
+    for store_ in (found, found.of(1)):
+        with pytest.raises(ValueError, match="not ours"):
+            store_.commit(0, 0, 1, 0b11, numbers(1))
+        with pytest.raises(ValueError, match="not ours"):
+            store_.finish(0, 0, 1, 7)
+    assert found.covers() == [{1: 0b1}, {}]
     assert names(tmp_path) == ["000-00-000000-000001.partial"]
-
-
-def test_two_shares_that_finish_a_chunk_keep_a_word_of_it(tmp_path: Path) -> None:
-    first, second = store(tmp_path), store(tmp_path, share=1)
-    second.finish(0, 0, 1, 7)
-    assert first.covers() == [{1: None}, {}]
-    first.finish(0, 0, 1, 7)
-    assert first.covers() == [{1: None}, {}]
 
 
 def test_another_shares_files_are_left_alone(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from cqsa_stream.options import Options
-from cqsa_stream.planning import Chosen, plan_run
+from cqsa_stream.planning import plan_run
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.manifest import sealed, unsealed
 from cqsa_stream.run.state import State
+from cqsa_stream.schedulers.plan import Chosen
 from tests.conftest import Cli
 
 QKV = ("d/q.zarr", "d/k.zarr", "d/v.zarr")

@@ -61,7 +61,11 @@ class Engine:
             if self._unfinished() and before == self.covers:
                 raise RuntimeError("a whole pass over the schedule computed nothing; this is a defect")
         if self.job.share.count > 1:
-            merge_shares(self.job)
+            merge_shares(self.grid, self.operation, self.job.store, self.job.sink)
+
+    def lacks_pairs(self) -> bool:
+        """Return whether a pair of the share is in no stored partial."""
+        return any(True for lane in range(self.problem.lanes) for _ in self._tasks(lane))
 
     def _stored_covers(self) -> list[Covers]:
         """Return, for each sum, the covers of its stored partials."""
@@ -71,9 +75,8 @@ class Engine:
 
     def _unfinished(self) -> bool:
         """Return whether a chunk is not finished; of a part of the shares, whether a pair of this one is left."""
-        lanes = range(self.problem.lanes)
         if self.job.share.count > 1:
-            return any(True for lane in lanes for _ in self._tasks(lane))
+            return self.lacks_pairs()
         done = [sum(cover is None for lane in covers for cover in lane.values()) for covers in self.covers]
         return any(n < self.problem.lanes * axis.filled for n, axis in zip(done, self._axes, strict=True))
 
@@ -119,6 +122,7 @@ class Engine:
                     for held in self._held:
                         held.end_lane()
             self._finishing.settle(wait=True)
+        self._held = []  # their memory goes back before others are merged
 
     def _accumulators(self, number: int) -> Accumulators:
         sum_, layout = self.operation.sums[number], self.plan.layout

@@ -2,42 +2,44 @@
 
 import torch
 
-from cqsa_stream.engine.job import Job
-from cqsa_stream.engine.operation import Fields
+from cqsa_stream.engine.operation import Fields, Operation
+from cqsa_stream.engine.sinks import Sink
+from cqsa_stream.engine.stores import Store
+from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.operands import Sum
 
 __all__ = ["merge_shares"]
 
 
-def merge_shares(job: Job) -> None:
+def merge_shares(grid: Grid, operation: Operation, store: Store, sink: Sink) -> None:
     """Finish every chunk that the shares together have completed. What two shares hold both counts as not done."""
-    grid = job.plan.grid
-    for number, sum_ in enumerate(job.operation.sums):
+    for number, sum_ in enumerate(operation.sums):
         by_rows = sum_.axis == "rows"
         axis = grid.rows if by_rows else grid.columns
-        for lane, covers in enumerate(job.store.covers(number)):
-            for chunk, cover in covers.items():
+        for lane, covers in enumerate(store.covers(number)):
+            for chunk in range(axis.filled):
                 complete = grid.complete_cover(chunk) if by_rows else grid.needing(chunk).bits
-                if cover == complete:
-                    _merge(job, number, lane, chunk, len(axis.span(chunk)), complete)
+                if covers.get(chunk, 0) == complete:
+                    _merge(operation, store, sink, (number, lane, chunk), len(axis.span(chunk)), complete)
 
 
-def _merge(job: Job, number: int, lane: int, chunk: int, tokens: int, complete: int) -> None:
+def _merge(
+    operation: Operation, store: Store, sink: Sink, at: tuple[int, int, int], tokens: int, complete: int
+) -> None:
     """Merge and write one chunk; leave it where another engine has just done so."""
-    sum_, cover = job.operation.sums[number], 0
+    sum_, cover = operation.sums[at[0]], 0
     merged = _identity(sum_, tokens)
-    for share in job.store.shares(number, lane, chunk):
-        store = job.store.of(share)
+    for share in store.shares(*at):
         part = _identity(sum_, tokens)
-        found = store.load_into(number, lane, chunk, [field.numpy() for field in part])
+        found = store.of(share).load_into(*at, [field.numpy() for field in part])
         if found & cover:
-            store.commit(number, lane, chunk, 0, [field.numpy() for field in _identity(sum_, tokens)])
+            store.of(share).commit(*at, 0, [field.numpy() for field in _identity(sum_, tokens)])
         elif found:
-            job.operation.merge(number, merged, part)
+            operation.merge(at[0], merged, part)
             cover |= found
     if cover == complete:
-        job.operation.leave(number, lane, merged)
-        job.store.finish(number, lane, chunk, job.sink.write(number, lane, chunk, merged))
+        operation.leave(at[0], at[1], merged)
+        store.finish(*at, sink.write(*at, merged))
 
 
 def _identity(sum_: Sum, tokens: int) -> Fields:

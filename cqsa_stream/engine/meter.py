@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -15,6 +16,8 @@ from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.storage.contract import TokenArray
 
 __all__ = ["HostPeak", "Meter", "Progress"]
+
+_MOVED = ("session_flops", "bytes_read", "bytes_written", "device_peak_bytes", "host_peak_bytes")
 
 
 class HostPeak:
@@ -96,6 +99,7 @@ class Meter:
         self._held_before = device.held_bytes()
         self._driver_highest = self._reserved = 0
         self._session_flops = 0
+        self._others: dict[str, int] = dict.fromkeys(_MOVED, 0)
         self.restart([])
 
     def since(self, host: HostPeak) -> "Meter":
@@ -106,6 +110,11 @@ class Meter:
     def restart(self, covers: Iterable[Mapping[int, int | None]]) -> None:
         """Count anew what is done, from the covers of the stored partials."""
         self._progress = Progress(self._problem, self._grid, covers)
+
+    def count_others(self, said: Iterable[Mapping[str, Any]]) -> None:
+        """Count what other processes say that they did in this session, by the names of ``Figures``."""
+        found = [{name: int(one.get(name) or 0) for name in _MOVED} for one in said]
+        self._others = {name: sum(one[name] for one in found) for name in _MOVED}
 
     @property
     def rows_done(self) -> int:
@@ -124,6 +133,7 @@ class Meter:
     def figures(self) -> Figures:
         done = self._progress
         self._ask_the_driver()
+        others = self._others
         return Figures(
             pairs_done=done.pairs_done,
             pairs_total=done.pairs_total,
@@ -133,13 +143,13 @@ class Meter:
             flops_done=done.flops_done,
             flops_total=self._problem.flops,
             session_s=time.monotonic() - self._started,
-            session_flops=self._session_flops,
-            bytes_read=self._array_bytes() - self._before + self._store.bytes_read,
-            bytes_written=self._sink.bytes_written + self._store.bytes_written,
-            device_peak_bytes=self._device.peak_bytes() - self._held_before,
+            session_flops=self._session_flops + others["session_flops"],
+            bytes_read=self._array_bytes() - self._before + self._store.bytes_read + others["bytes_read"],
+            bytes_written=self._sink.bytes_written + self._store.bytes_written + others["bytes_written"],
+            device_peak_bytes=self._device.peak_bytes() - self._held_before + others["device_peak_bytes"],
             device_driver_peak_bytes=self._driver_highest,
             device_reserved_bytes=self._reserved,
-            host_peak_bytes=self._host.bytes(),
+            host_peak_bytes=self._host.bytes() + others["host_peak_bytes"],
         )
 
     def _ask_the_driver(self) -> None:

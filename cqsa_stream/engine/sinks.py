@@ -66,10 +66,17 @@ class ZarrSink:
     """Writes fields to disk; on return they survive a crash."""
 
     def __init__(
-        self, arrays: Sequence[Sequence[Stored]], axes: Sequence[Axis], heads: LaneHeads, at_a_time: int = 1
+        self,
+        arrays: Sequence[Sequence[Stored]],
+        axes: Sequence[Axis],
+        heads: LaneHeads,
+        at_a_time: int = 1,
+        guard: Callable[[], object] | None = None,
     ) -> None:
-        """``arrays[n]`` are those of sum n, whose axis is ``axes[n]``. ``at_a_time``: files of a chunk to write."""
-        self._arrays, self._axes, self._heads, self._at_a_time = arrays, axes, heads, at_a_time
+        """``arrays[n]`` are those of sum n, whose axis is ``axes[n]``. ``at_a_time``: files of a chunk to write;
+        ``guard`` is called before any of them is seen, and raises where it must not be.
+        """
+        self._arrays, self._axes, self._heads, self._at_a_time, self._guard = arrays, axes, heads, at_a_time, guard
         self.bytes_written = 0
         self._counting = threading.Lock()  # several chunks may be written at a time
 
@@ -86,7 +93,7 @@ class ZarrSink:
                 (stored.array, cell, MemoryArray.of_tensor(part.to(stored.dtype).cpu()).values)
                 for stored, cell, part in parts[done : done + self._at_a_time]
             ]
-            in_parallel(lambda piece: write_chunk(*piece), pieces, self._at_a_time)
+            in_parallel(lambda piece: write_chunk(*piece, self._guard), pieces, self._at_a_time)
             for _, _, values in pieces:
                 checksum = _checksum(values, checksum)
                 with self._counting:

@@ -12,8 +12,12 @@ class Store(Protocol):
     """The partials of one share, on disk. ``keeps``: whether there is a disk at all. Sums are known by number."""
 
     keeps: bool
-    bytes_written: int
-    bytes_read: int
+
+    @property
+    def bytes_written(self) -> int: ...
+
+    @property
+    def bytes_read(self) -> int: ...
 
     def commit(self, sum_: int, lane: int, chunk: int, cover: int, fields: Sequence[np.ndarray]) -> None:
         """Store a partial durably."""

@@ -19,7 +19,7 @@ from cqsa_stream.machine.driver import process_bytes
 from cqsa_stream.machine.habits import CUDA, HOST
 from cqsa_stream.schedulers.model.habits import Habits
 
-__all__ = ["DONE", "Cuda", "Device", "Event", "Host", "Stream", "Tick", "device_of"]
+__all__ = ["DONE", "Cuda", "Device", "Event", "Host", "Stream", "Tick", "device_of", "devices_of"]
 
 
 class Event(Protocol):
@@ -223,11 +223,26 @@ class Cuda:
 Device = Host | Cuda
 
 
+def devices_of(name: str) -> list[str]:
+    """Return the devices of "cuda", which are all of this machine, or of "cuda:0,2"; another name is one device's.
+
+    Raises InputError where a device is named twice.
+    """
+    if name == "cuda":
+        return [f"cuda:{number}" for number in range(cuda.device_count() if cuda.is_available() else 0)] or [name]
+    if re.fullmatch(r"cuda:\d+(?:,\d+)+", name) is None:
+        return [name]
+    numbers = [int(number) for number in name.removeprefix("cuda:").split(",")]
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f"device {name!r}: a device is named twice; expected each once, as cuda:0,2")
+    return [f"cuda:{number}" for number in numbers]
+
+
 def device_of(name: str) -> Device:
     """Return the device of "auto", "cpu", "cuda" or "cuda:1". Raises InputError where there is none such."""
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
     if match is None:
-        raise InputError(f"device {name!r}; expected auto, cpu, cuda or cuda:<number>")
+        raise InputError(f"device {name!r}; expected auto, cpu, cuda, cuda:<number> or cuda:<number>,<number>")
     if name == "cpu" or (name == "auto" and not cuda.is_available()):
         return Host()
     count, index = cuda.device_count() if cuda.is_available() else 0, int(match[1] or 0)

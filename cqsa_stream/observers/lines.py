@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from cqsa_stream.events import Checkpointed, Ended, Event, Figures, Progressed, Started
 
-__all__ = ["PlainLines", "rates", "side_by_side"]
+__all__ = ["PlainLines", "figure_lines", "rates", "side_by_side", "status_lines"]
 
 
 def rates(figures: Figures) -> str:
@@ -35,6 +35,26 @@ def side_by_side(predicted: Mapping[str, float], measured: Mapping[str, float]) 
             said, found = predicted.get(name, 0) / unit, measured.get(name, 0) / unit
             lines.append(f"{label:<15}{said:>12,.1f}{found:>12,.1f}")
     return "\n".join(lines)
+
+
+def status_lines(found: dict[str, Any]) -> str:
+    """Return a run's status as text: its figures, then what was predicted beside what was measured."""
+    apart = ("predicted", "measured", "workers")
+    text = figure_lines({name: value for name, value in found.items() if name not in apart})
+    for worker in found["workers"]:
+        state = "at work" if worker["lives"] else "gone"
+        left = "waits" if worker["share"] is None else f"share {worker['share']}, {worker['tasks_left']} tasks left"
+        text += (
+            f"\nworker {worker['name']:<5} {state}: process {worker['pid']} on {worker['host']}, {worker['device']}, "
+            f"{worker['flops_per_s'] / 1e9:,.1f} GFLOP/s, heard of {worker['silent_s']:.0f} s ago, {left}"
+        )
+    return f"{text}\n\n{side_by_side(found['predicted'] or {}, found['measured'])}"
+
+
+def figure_lines(fields: Mapping[str, Any]) -> str:
+    """Return figures by their names, a line each."""
+    width = max(map(len, fields))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in fields.items())
 
 
 class PlainLines:

@@ -26,8 +26,11 @@ class News(Protocol):
 class EventLog:
     """Keeps a run directory's event log and its latest figures: news, not state."""
 
-    def __init__(self, directory: News, options: dict[str, object], every_s: float = 1.0) -> None:
-        self._directory, self._options, self._every_s = directory, options, every_s
+    def __init__(
+        self, directory: News, options: dict[str, object], every_s: float = 1.0, *, leads: bool = False
+    ) -> None:
+        """``leads``: the figures are those of workers, which keep logs of their own."""
+        self._directory, self._options, self._every_s, self._leads = directory, options, every_s, leads
         self._last = 0.0
 
     def __call__(self, event: Event) -> None:
@@ -39,7 +42,8 @@ class EventLog:
         self._directory.write_session({"ended": isinstance(event, Ended), **figures})
         if isinstance(event, Started):
             self._directory.write_timeline(())
-            self._directory.append_event({"event": "started", "options": self._options, "plan": event.plan, **figures})
+            about = {"options": self._options, "plan": event.plan, "leads": self._leads}
+            self._directory.append_event({"event": "started", **about, **figures})
         elif isinstance(event, Checkpointed):
             self._directory.append_event({"event": "checkpointed", "seconds": event.seconds, **figures})
         elif isinstance(event, Ended):

@@ -11,6 +11,7 @@ import torch
 from cqsa_stream.engine.calls import Calls
 from cqsa_stream.engine.operation import Fields, Side
 from cqsa_stream.engine.timeline import Timeline
+from cqsa_stream.kernels.choose import fold_for
 from cqsa_stream.kernels.contract import Fold, Kernel, Scores
 from cqsa_stream.machine.device import Device
 from cqsa_stream.problem import Problem, dtype_bytes
@@ -41,7 +42,7 @@ class Forward:
         self.row_factor, scale = (1.0, scale) if scale > 0 else (-1.0, -scale) if scale < 0 else (0.0, 1.0)
         self.compute_dtype = kernel.abilities.compute_dtype(getattr(torch, problem.dtype))
         self.sums = forward_sums(problem)
-        self._mask, self._tile, self._fold = problem.visible, tile, fold
+        self._mask, self._tile = problem.visible, tile
         self._first = problem.q_start + problem.first_query
         slopes, sinks = (
             None if of_heads is None else torch.tensor(of_heads, dtype=torch.float64, device=device.torch)
@@ -81,4 +82,4 @@ class Forward:
 
     def merge(self, number: int, into: Fields, other: Fields) -> None:
         (lse, out), (other_lse, other_out) = into, other
-        self._fold(out, lse, other_out, other_lse)
+        fold_for(lse.device)(out, lse, other_out, other_lse)

@@ -70,7 +70,7 @@ def refuse_strange_places(manifest: Manifest, directory: RunDirectory, named: It
 def results(directory: RunDirectory) -> list[Path]:
     """Return the output and lse of the run, as far as its manifest can be read."""
     try:
-        manifest = directory.manifest()
+        manifest = directory.manifest(discarded=not directory.begun)
     except InputError:
         return []
     return [directory.output_path(manifest), directory.lse_path(manifest)]
@@ -90,6 +90,7 @@ def refuse_differences(manifest: Manifest, directory: RunDirectory, command: Com
     assert target is not None
     for name, found, named in (
         ("chunks", manifest.rows.chunks, chunks),
+        ("shares", manifest.shares, command.options.shares),
         ("output", directory.output_path(manifest), target.out),
         ("lse", directory.lse_path(manifest), target.lse),
     ):

@@ -9,7 +9,10 @@ results.zarr    a Zarr group of links to output and lse, so that xarray opens bo
 events.jsonl    each session's options, plan, checkpoints and end
 session.json    the latest figures of the last session, and the process it runs in
 timeline.json   what the threads and the device of the last session did when, as far as its spans were kept
-lock            held while a process works in the run
+events-N.jsonl  the same of worker number N, where several work in the run
+claims/         which worker computes which share, while several work in the run
+workers/        the latest figures of each worker, and the process that it is
+lock            held by a process that works in the run alone, or leads its workers
 """
 
 import errno
@@ -33,7 +36,16 @@ from cqsa_stream.operations.forward import forward_sums
 from cqsa_stream.problem import Problem
 from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.run.state import State
-from cqsa_stream.storage.atomic import is_temporary, make_directory, open_regular, replace_file, sweep, temporary_name
+from cqsa_stream.storage.atomic import (
+    is_temporary,
+    make_directory,
+    open_regular,
+    replace_file,
+    sweep,
+    sync_directory,
+    temporary_name,
+)
+from cqsa_stream.storage.claims import SILENT_S, Worker, age_s, workers
 from cqsa_stream.storage.partials import PartialStore, SumFiles
 from cqsa_stream.storage.processes import boot_and_start
 from cqsa_stream.storage.retrying import retrying
@@ -43,10 +55,10 @@ __all__ = ["RunDirectory"]
 _MANIFEST, _STATE, _SESSION, _EVENTS = "run.json", "state.json", "session.json", "events.jsonl"
 _TIMELINE = "timeline.json"
 _FILES = (_MANIFEST, _STATE, _SESSION, _EVENTS, _TIMELINE)
-_FOLDERS = ("partials", "lse.zarr", "results.zarr", "arrays")
+_FOLDERS = ("partials", "lse.zarr", "results.zarr", "arrays", "claims", "workers")
 _BEFORE_A_RUN = {"lock", _SESSION, _STATE, "results.zarr", "arrays"}
+_DISCARDED = "run.json.discarded"  # the manifest of a run that is being removed
 _MOST_JSON_BYTES, _MOST_ARRAY_BYTES = 1 << 20, 1 << 30
-_SILENT_S = 60.0  # after which a process on another machine counts as gone, for who watches
 _LOCK_NAMED_S = 1.0  # how long after taking the lock a process may take to say who it is
 _log = logging.getLogger(__name__)
 
@@ -64,12 +76,16 @@ class RunDirectory:
 
     def foreign(self) -> list[str]:
         """Return what stands where a run is to begin, and is not what a killed process left of beginning it."""
+        if self.disowned:  # what it has not yet removed is ours
+            return []
         strange = {p.name for p in self.path.iterdir()} - _BEFORE_A_RUN
         return sorted(name for name in strange if not any(is_temporary(name, of) for of in _FILES))
 
-    def manifest(self) -> Manifest:
-        """Read the manifest. Raises InputError where there is none, or no good one: without it nothing is resumed."""
-        path = self.path / _MANIFEST
+    def manifest(self, *, discarded: bool = False) -> Manifest:
+        """Read the manifest, or that of a run that is being removed. Raises InputError where there is none, or no good
+        one: without it nothing is resumed.
+        """
+        path = self.path / (_DISCARDED if discarded else _MANIFEST)
         try:
             return Manifest.from_json(_content(path), self._array)
         except OSError as error:
@@ -122,17 +138,44 @@ class RunDirectory:
         """Replace the manifest, durably."""
         replace_file(self.path / _MANIFEST, [manifest.to_json()])
 
+    def is_run(self, manifest: Manifest) -> None:
+        """Raise LockedError where the run is not that of the manifest any more: it was begun anew meanwhile."""
+        try:
+            same = manifest.id.encode() in _content(self.path / _MANIFEST)
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            raise LockedError(f"{self.path}: the run was begun anew meanwhile; what this process computed is discarded")
+
+    @property
+    def disowned(self) -> bool:
+        """Whether a run was being removed here when its process ended."""
+        return (self.path / _DISCARDED).exists()
+
+    def disown(self) -> None:
+        """Begin to remove a run: from now on no process that knew it stores anything."""
+        if self.begun:
+            (self.path / _MANIFEST).replace(self.path / _DISCARDED)
+            sync_directory(self.path)
+
     def discard(self) -> None:
-        """Remove what a run keeps here, but for the lock."""
+        """Remove what a disowned run keeps here, but for the lock."""
         for path in (self.path / name for name in _FOLDERS):
             if path.exists():
                 shutil.rmtree(path)
-        for name in reversed(_FILES):  # the manifest last: without it, the rest is foreign
-            (self.path / name).unlink(missing_ok=True)
+        for path in (*(self.path / name for name in _FILES), *self._logs()):
+            path.unlink(missing_ok=True)
+        (self.path / _DISCARDED).unlink(missing_ok=True)  # the last: without it, the rest is foreign
+
+    def _logs(self) -> list[Path]:
+        """Return the event logs: the run's own, and those of its workers."""
+        return sorted(self.path.glob("events*.jsonl"))
 
     def sweep(self) -> None:
         """Remove what killed processes were writing here; the store of partials and the output sweep themselves."""
         sweep(self.path)
+        for name in ("claims", "workers"):
+            sweep(self.path / name)
         if (self.path / "arrays").is_dir():
             sweep(self.path / "arrays")
         if not (self.path / "results.zarr").is_symlink():
@@ -221,29 +264,37 @@ class RunDirectory:
 
     def at_work(self) -> bool:
         """Return whether a process works in the run: on this machine, or on another that told so a minute ago."""
+        if any(worker.lives for worker in self.workers()):
+            return True
         session = self.session()
         if session.get("ended") or session.get("host") in (None, socket.gethostname()):
             return self.live_pid() is not None
         try:
-            return time.time() - (self.path / _SESSION).stat().st_mtime < _SILENT_S
+            return age_s(self.path, (self.path / _SESSION).stat().st_mtime) < SILENT_S
         except OSError:
             return False
 
-    def append_event(self, event: dict[str, Any]) -> None:
+    def workers(self) -> list[Worker]:
+        """Return the workers of the run that are, or were and left their files."""
+        return workers(self.path)
+
+    def append_event(self, event: dict[str, Any], worker: int | None = None) -> None:
         """Append one line to the event log, durably; a full disk or a failing one does not end a run for it."""
-        with suppress(OSError), (self.path / _EVENTS).open("ab") as file:
+        name = _EVENTS if worker is None else f"events-{worker}.jsonl"
+        with suppress(OSError), (self.path / name).open("ab") as file:
             apart = b"\n" if file.tell() else b""  # before it: what a crash cut short ends there
             file.write(apart + json.dumps({"time": time.time(), **event}).encode())
             file.flush()
             os.fsync(file.fileno())
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Yield the event log; lines that are no JSON object, as those that a crash cut short, are left out."""
-        with suppress(OSError), io.BufferedReader(open_regular(self.path / _EVENTS)) as file:
-            while line := file.readline(_MOST_JSON_BYTES):
-                event = _object(line)
-                if event:
-                    yield event
+        """Yield the event logs; lines that are no JSON object, as those that a crash cut short, are left out."""
+        for path in self._logs():
+            with suppress(OSError), io.BufferedReader(open_regular(path)) as file:
+                while line := file.readline(_MOST_JSON_BYTES):
+                    event = _object(line)
+                    if event:
+                        yield event
 
 
 @retrying

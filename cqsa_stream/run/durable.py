@@ -3,12 +3,13 @@
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
 from cqsa_stream.command import Command
+from cqsa_stream.engine.job import Job
 from cqsa_stream.errors import ArrayError, CqsaError, LockedError, RunStopped
 from cqsa_stream.events import Observer
 from cqsa_stream.inputs import check_inputs, fingerprints
@@ -23,30 +24,39 @@ from cqsa_stream.run.manifest import Manifest, beside
 from cqsa_stream.run.outputs import Results
 from cqsa_stream.run.running_out import saying_how_much_disk
 from cqsa_stream.run.session import Session, Workplace
+from cqsa_stream.run.sharing import Sharing, WorkerNews, as_begun, sink_of
 from cqsa_stream.run.state import State
 from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.schedulers.plan import Plan
+from cqsa_stream.storage.claims import Claims
 
 __all__ = ["OnDisk", "compute"]
 
-_FILES_AT_A_TIME = 4  # of a row chunk, which leaves a device of its own whole
 _log = logging.getLogger(__name__)
 
 
-def compute(command: Command, observers: Sequence[Observer], stop: Stopper) -> None:
+Crews = Callable[[RunDirectory, Options], Callable[[Job], None] | None]
+"""Returns who does the work of a run where that is not one process; None where it is."""
+
+
+def alone(_: RunDirectory, __: Options) -> None:
+    """One process does the work of a run."""
+
+
+def compute(command: Command, observers: Sequence[Observer], stop: Stopper, crews: Crews = alone) -> None:
     """Begin the run of the command's target, or resume it, to its end; a finished one is left as it is.
 
     What is found damaged of a finished run's output is computed again. Raises the errors of errors.py.
     """
-    Session(command, OnDisk(command), observers, stop).run()
+    Session(command, OnDisk(command, crews), observers, stop).run()
 
 
 class OnDisk:
     """A run whose result goes to a target, and whose progress is in a run directory."""
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, crews: Crews) -> None:
         assert command.target is not None
-        self._command, self._target = command, command.target
+        self._command, self._target, self._crews = command, command.target, crews
         self.directory = RunDirectory(self._target.run_dir)
         self._before = State()
         self._damaged: list[tuple[int, int]] = []
@@ -76,13 +86,13 @@ class OnDisk:
         """Hold a run that has begun, and take from its state what the user did not name."""
         known: dict[str, Any] = {"durable": True}
         if not self._resumes:
-            return self._command.options, {**known, "out": self._target.disk(self.directory.begun)}
+            return self._command.options.of_a_worker(), {**known, "out": self._target.disk(self.directory.begun)}
         self._hold(self.directory.manifest(), held)
         manifest = self._same_run()  # another may have begun here meanwhile, or gone on with other inputs
         refuse_changed_inputs(manifest, self._prints)
         self._before = self.directory.state(manifest.problem)
-        options, chosen = self._before.inherited(self._command.options)
-        return options, {**known, "grid": manifest.grid, "out_tokens": manifest.out_tokens, "fixed": chosen}
+        options, chosen = self._before.inherited(self._command.options.of_a_worker())
+        return options, {**known, "fixed": chosen, **as_begun(manifest, options)}
 
     def take(self, plan: Plan, state: State, held: ExitStack) -> Workplace:
         """Write the state, and what the run is where it begins; make ready what it writes to."""
@@ -97,8 +107,13 @@ class OnDisk:
         else:
             manifest, looking = self._begin(plan, state, held)
         store, results = self.directory.store(manifest), Results(self.directory, manifest)
-        if looking is not None:
-            store.ready = looking.wait
+
+        def guard() -> None:
+            if looking is not None:
+                looking.wait()
+            self.directory.is_run(manifest)
+
+        store.guard = guard
         store.prepare()
         self.directory.sweep()
         results.prepare()
@@ -106,8 +121,23 @@ class OnDisk:
             where = f"{results.output}: what was written of row chunk {row} of lane {lane}"
             _log.warning("%s is damaged or gone; it is computed again", where)
             store.unfinish(0, lane, row)
-        sink = results.sink(1 if plan.layout.in_place else _FILES_AT_A_TIME)
-        return Workplace(sink, store, (EventLog(self.directory, asdict(state.options)),))
+        sink = sink_of(results, plan, guard)
+        return self._workplace(manifest, state.options, Workplace(sink, store), held)
+
+    def _workplace(self, manifest: Manifest, used: Options, place: Workplace, held: ExitStack) -> Workplace:
+        """Return the place with who works there: an engine, one that shares with others, or a crew that we lead."""
+        crew = self._crews(self.directory, self._command.options)
+        if crew is not None and manifest.shares == 1:
+            _log.warning("%s: the run began with 1 share, which one process computes", self.directory.path)
+            crew = None
+        log = EventLog(self.directory, asdict(used), leads=crew is not None)
+        if crew is not None:
+            return replace(place, logs=(log,), work=crew)
+        if manifest.shares == 1:
+            return replace(place, logs=(log,))
+        claims = held.enter_context(Claims(self.directory.path, "0"))
+        told = EventLog(WorkerNews(self.directory, claims, None, {"device": used.device}), {})
+        return replace(place, logs=(log, told), work=Sharing(self.directory, manifest, claims, 0, 1))
 
     def stopped(self, reason: str, stop: Stopper) -> RunStopped:
         return stop.error(reason)
@@ -157,12 +187,12 @@ class OnDisk:
         arrays = self._command.arrays
         check_inputs(arrays)
         again = None
-        if not plan.layout.in_place:
+        if not plan.layout.in_place and plan.shares == 1:  # workers need to know at once
             again = opened_again(arrays, self._target.layout, fill_missing=self._target.fill_missing)
         manifest = self._new_manifest(plan, dict.fromkeys(arrays, "") if again else fingerprints(arrays))
         held.enter_context(saying_how_much_disk(self.directory, manifest, plan))
         self._hold(manifest, held)
-        if self._target.fresh:
+        if self._target.fresh or self.directory.disowned:
             self._discard()
         elif self.directory.begun:
             where = self.directory.path
@@ -191,10 +221,17 @@ class OnDisk:
             lse=os.path.relpath(target.lse or target.run_dir / "lse.zarr", target.run_dir),
             fill_missing=target.fill_missing,
             layout=target.layout,
+            shares=plan.shares,
+            chosen=plan.chosen if plan.shares > 1 else None,
         )
 
     def _discard(self) -> None:
         """Remove an earlier run, and those of its results that the user named: the folders are held, and emptied."""
+        living = [worker for worker in self.directory.workers() if worker.lives]
+        if living:
+            who = ", ".join(f"process {w.news.get('pid')} on {w.news.get('host')}" for w in living[:3])
+            raise LockedError(f"{self.directory.path}: {who} works in this run; wait for it, or stop it")
+        self.directory.disown()
         named = (self._target.out, self._target.lse)
         for path in {path for path in admission.results(self.directory) if path in named and path.is_dir()}:
             for part in path.iterdir():

@@ -16,13 +16,15 @@ import numpy as np
 
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis, Grid
+from cqsa_stream.schedulers.plan import Chosen
 from cqsa_stream.schedulers.search import MOST_CHUNKS
+from cqsa_stream.schedulers.shares import MOST_SHARES
 from cqsa_stream.storage.open import LAYOUTS
 from cqsa_stream.storage.readers.locations import is_url
 
 __all__ = ["Manifest", "beside", "sealed", "unsealed"]
 
-_FORMAT = 6
+_FORMAT = 7
 _MOST_LISTED = 256  # numbers of an array that stand in the manifest itself
 _ID, _SHA256 = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
 _INPUTS = {"query", "key", "value"}
@@ -34,8 +36,9 @@ class Manifest:
     """What a run is. ``inputs``: source and fingerprint of each ("" until it is taken: nothing is stored before), and
     ``beside``, its path relative to the run directory ("" where it has none); ``layout``: their axes as they are
     stored; ``out_tokens``: tokens of a stored output chunk; ``output`` and ``lse`` are paths relative to the run
-    directory. ``id`` is drawn when the run begins: nothing that an earlier run left in the same place is taken for its
-    own.
+    directory. ``shares`` fix the result's bits, with what the plan has ``chosen``: that is None where there is one
+    share, and each session may choose anew. ``id`` is drawn when the run begins: nothing that an earlier run left in
+    the same place is taken for its own.
     """
 
     problem: Problem
@@ -47,6 +50,8 @@ class Manifest:
     lse: str
     fill_missing: bool
     layout: str = "bhtd"
+    shares: int = 1
+    chosen: Chosen | None = None
     id: str = field(default_factory=lambda: token_hex(16))
 
     @cached_property
@@ -72,7 +77,9 @@ class Manifest:
     def _fields(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         problem = self.problem.to_dict(lambda array: _kept(array, {}))
-        return {**fields, "problem": problem, "rows": asdict(self.rows), "columns": asdict(self.columns)}
+        chosen = self.chosen and asdict(self.chosen)
+        axes = {"rows": asdict(self.rows), "columns": asdict(self.columns)}
+        return {**fields, "problem": problem, **axes, "chosen": chosen}
 
     @classmethod
     def from_json(cls, data: bytes, load: Callable[[str], bytes] | None = None) -> "Manifest":
@@ -84,7 +91,8 @@ class Manifest:
         try:
             problem = Problem.from_dict(fields["problem"], load and (lambda name: _loaded(name, load)))
             axes = {name: Axis(**fields[name]) for name in ("rows", "columns")}
-            found = cls(**{**fields, "problem": problem, **axes})
+            chosen = None if fields["chosen"] is None else Chosen.from_dict(fields["chosen"])
+            found = cls(**{**fields, "problem": problem, **axes, "chosen": chosen})
             found._refuse_the_impossible()
         except (KeyError, TypeError, AttributeError, OverflowError, UnicodeError) as error:
             raise ValueError(f"not a manifest ({type(error).__name__}: {error})") from error
@@ -101,6 +109,10 @@ class Manifest:
                 raise ValueError(f"a grid {axis} for {tokens} tokens")
         if type(self.out_tokens) is not int or not 0 < self.out_tokens <= self.rows.chunk_tokens:
             raise ValueError(f"output chunks of {self.out_tokens!r} tokens, in row chunks of {self.rows.chunk_tokens}")
+        if type(self.shares) is not int or not 0 < self.shares <= MOST_SHARES:
+            raise ValueError(f"{self.shares!r} shares; expected 1 to {MOST_SHARES}")
+        if (self.shares > 1) != (self.chosen is not None):
+            raise ValueError(f"{self.shares} shares, and a plan {self.chosen}; expected a plan for several")
         if type(self.fill_missing) is not bool:
             raise ValueError(f"fill_missing {self.fill_missing!r}")
         if self.layout not in LAYOUTS:

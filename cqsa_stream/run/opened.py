@@ -19,6 +19,7 @@ from cqsa_stream.options import Options
 from cqsa_stream.run.admission import refuse_strange_places
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.durable import compute
+from cqsa_stream.run.finish import finish_shares
 from cqsa_stream.run.inputs import reopen_inputs
 from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.run.outputs import Results
@@ -68,15 +69,20 @@ class Run:
         return self._covers
 
     def resume(
-        self, observers: Sequence[Observer] = (), max_seconds: float | None = None, *, fetch: bool = False
+        self,
+        observers: Sequence[Observer] = (),
+        max_seconds: float | None = None,
+        *,
+        fetch: bool = False,
+        stop: Stopper | None = None,
     ) -> "Run":
         """Go on to the end, as the last session did. Raises as ``attention`` does.
 
         Inputs that the run directory says are at a URL are fetched only where ``fetch`` is set: anybody may have
-        written it.
+        written it. ``stop`` listens to the signals of our own command.
         """
         options, observers = Options(max_seconds=max_seconds), checked(observers)
-        stop = Stopper((signal.SIGINT,))
+        ours, stop = stop is not None, stop or Stopper((signal.SIGINT,))
         manifest = self.manifest
         refuse_strange_places(manifest, self.directory, ())
         out, lse = self.directory.output_path(manifest), self.directory.lse_path(manifest)
@@ -84,8 +90,20 @@ class Run:
         with undisturbed():
             arrays = reopen_inputs(self.directory.path, manifest, fetch=fetch)
         compute(Command(arrays, manifest.problem, options, target), observers, stop)
-        stop.pass_on()
+        if not ours:
+            stop.pass_on()
         return self
+
+    @undisturbed()
+    def finish(self) -> list[int]:
+        """Merge what the shares have completed; return the shares of which something is left to compute.
+
+        Raises LockedError where another process leads the run.
+        """
+        refuse_strange_places(self.manifest, self.directory, ())
+        with self.directory.locked():
+            self.directory.sweep()
+            return finish_shares(self.directory, self.manifest)
 
     @undisturbed()
     def verify(self, rows: int = 256, seed: int = 0, *, fetch: bool = False) -> Verification:

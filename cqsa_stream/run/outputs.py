@@ -4,7 +4,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -48,11 +48,15 @@ class Results:
                 (path / METADATA).replace(path / (METADATA + ".damaged"))
                 _log.warning("%s; it is set aside and written again", wrong)
             if not holds_array(path):
-                create_array(path, *expected)
+                try:
+                    create_array(path, *expected)
+                except ArrayError:
+                    if not holds_array(path):  # else another worker has just done so
+                        raise
 
-    def sink(self, at_a_time: int = 1) -> ZarrSink:
-        """Open both arrays, to write so many files of a chunk at a time. Raises ArrayError where they are missing, or
-        not described as they must be.
+    def sink(self, at_a_time: int = 1, guard: Callable[[], object] | None = None) -> ZarrSink:
+        """Open both arrays, to write so many files of a chunk at a time, each as the guard allows. Raises ArrayError
+        where they are missing, or not described as they must be.
         """
         for path, expected in self._wanted.items():
             if holds_array(path) and (wrong := _misdescribed(path, expected)):
@@ -60,7 +64,7 @@ class Results:
         problem, rows = self._manifest.problem, self._manifest.rows
         lse = Stored(open_output(self.lse), torch.float32, rows.chunk_tokens)
         out = Stored(open_output(self.output), getattr(torch, problem.out_dtype), self._manifest.out_tokens)
-        return ZarrSink([[lse, out]], [rows], problem.output_heads, at_a_time)
+        return ZarrSink([[lse, out]], [rows], problem.output_heads, at_a_time, guard)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """A session of a run, from the command to the report: admit -> hold -> plan -> take -> compute."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from cqsa_stream.machine.surroundings import undisturbed
 from cqsa_stream.observers.watching import everyone
 from cqsa_stream.operations.forward import Forward
 from cqsa_stream.options import Options
-from cqsa_stream.planning import Chosen, plan_run, refuse_over_budget, refuse_what_is_not_there
+from cqsa_stream.planning import plan_run, refuse_over_budget, refuse_what_is_not_there
 from cqsa_stream.run.running_out import saying_what_ran_out
 from cqsa_stream.run.state import State
 from cqsa_stream.run.stopping import Stopper
@@ -37,7 +37,8 @@ def planned(command: Command) -> Plan:
     """Return the plan of a new run, over budget or not. Raises InputError."""
     out = None if command.target is None else command.target.out
     with undisturbed():
-        return plan_run(command.problem, command.arrays, command.options, durable=out is not None, out=out)[0]
+        options = command.options.of_a_worker()
+        return plan_run(command.problem, command.arrays, options, durable=out is not None, out=out)[0]
 
 
 def compute_in_memory(
@@ -51,11 +52,14 @@ def compute_in_memory(
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where finished rows go, partials are kept and news are written."""
+    """Where finished rows go, partials are kept and news are written; and what does the ``work``: one engine, or what
+    deals it out.
+    """
 
     sink: Sink
     store: Store
     logs: tuple[Observer, ...] = ()
+    work: Callable[[Job], None] = lambda job: Engine(job).run()
 
 
 class Home(Protocol):
@@ -157,8 +161,7 @@ class Session:
             checkpoint_every_s=self.options.checkpoint_every_s,
             kernel=self.options.kernel or AUTO,
         )
-        chosen = Chosen(self.plan.schedule, asdict(self.plan.layout), self.plan.kernel, self.plan.operator)
-        return State(used, chosen, self.kernel.abilities.rounded_tiles)
+        return State(used, self.plan.chosen, self.kernel.abilities.rounded_tiles)
 
     def _compute(self, place: Workplace) -> None:
         """Run the engine between the events that open and close a session."""
@@ -168,26 +171,27 @@ class Session:
         meter = Meter(problem, plan.grid, self.arrays, place.store, place.sink, device).since(self.host)
         with self.stop, device.current():
             timeline = Timeline(device)
-            engine = Engine(
-                Job(
-                    problem=problem,
-                    plan=plan,
-                    operation=Forward(problem, plan.layout.tile, self.kernel, fold_for(device.torch), device, timeline),
-                    arrays=self.arrays,
-                    sink=place.sink,
-                    store=place.store,
-                    device=device,
-                    stop=self.stop,
-                    observer=observer,
-                    meter=meter,
-                    checkpoint_every_s=self.options.interval_s,
-                    timeline=timeline,
-                )
+            job = Job(
+                problem=problem,
+                plan=plan,
+                operation=Forward(problem, plan.layout.tile, self.kernel, fold_for(device.torch), device, timeline),
+                arrays=self.arrays,
+                sink=place.sink,
+                store=place.store,
+                device=device,
+                stop=self.stop,
+                observer=observer,
+                meter=meter,
+                checkpoint_every_s=self.options.interval_s,
+                timeline=timeline,
             )
+            meter.restart(place.store.covers())
             observer(Started(str(problem), plan.to_dict(), meter.figures()))
             reason = "done"
             try:
-                engine.run()
+                if self.options.max_seconds == 0:
+                    raise RunStopped("nothing is computed within 0 s (max_seconds)")
+                place.work(job)
             except BaseException as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise

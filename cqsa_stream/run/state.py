@@ -5,22 +5,19 @@ plan that was chosen by them, are kept where the run is.
 """
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from cqsa_stream.machine.budgets import free_budgets
 from cqsa_stream.machine.device import device_of
 from cqsa_stream.options import Options
-from cqsa_stream.planning import Chosen
 from cqsa_stream.problem import Problem
 from cqsa_stream.run.manifest import sealed, unsealed
-from cqsa_stream.schedulers.schedules import SCHEDULES
+from cqsa_stream.schedulers.plan import Chosen
 
 __all__ = ["State"]
 
 _FORMAT = 1
 _KEPT = ("device", "device_memory", "host_memory", "schedule", "kernel", "checkpoint_every_s")
 _PLANNED_BY = ("device", "device_memory", "host_memory", "schedule", "kernel")  # another interval changes no bits
-_MOST_NAMES, _LONGEST_NAME = 64, 100
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,12 @@ class State:
         """Raises ValueError where this is not what ``to_json`` wrote of a session."""
         fields = unsealed(_FORMAT, data)
         try:
-            options, chosen = fields["options"], Chosen(**fields["chosen"])
+            options, chosen = fields["options"], Chosen.from_dict(fields["chosen"])
             if set(options) != set(_KEPT) or type(options["device"]) is not str:
                 raise ValueError(f"options {sorted(options)}")
             found = cls(Options(**options), chosen, fields["rounded_tiles"])
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"not a state ({type(error).__name__}: {error})") from error
-        _refuse_the_impossible(chosen)
         if type(found.rounded_tiles) is not bool:
             raise ValueError(f"rounded_tiles {found.rounded_tiles!r}")
         return found
@@ -80,22 +76,3 @@ class State:
                 had[name] = min(had[name], free)
         kept = (self.chosen, before) if same and self.chosen is not None else None
         return replace(options, **{**had, **named}), kept
-
-
-def _refuse_the_impossible(chosen: Chosen) -> None:
-    """Raise ValueError where this is not what a plan could have chosen."""
-    names = (chosen.schedule, chosen.kernel, chosen.operator)
-    if not all(type(name) is str and len(name) <= _LONGEST_NAME for name in names) or names[0] not in SCHEDULES:
-        raise ValueError(f"schedule, kernel and operator {str(names)[:_LONGEST_NAME]}")
-    if type(chosen.layout) is not dict or not _is_sizes(chosen.layout):
-        raise ValueError(f"a layout {str(chosen.layout)[:_LONGEST_NAME]}")
-
-
-def _is_sizes(fields: dict[Any, Any], inner: bool = False) -> bool:
-    """Return whether these are a layout's names and whole numbers; one level deeper, those of a tile."""
-    return len(fields) <= _MOST_NAMES and all(
-        type(value) is bool
-        or (type(value) is int and 0 <= value < 2**62)
-        or (type(value) is dict and not inner and _is_sizes(value, True))
-        for value in fields.values()
-    )

@@ -8,8 +8,9 @@ from cqsa_stream.events import Figures
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.run.outputs import Results
+from cqsa_stream.run.shares import Left
 
-__all__ = ["status"]
+__all__ = ["is_figure", "sessions_of", "status"]
 
 _COMPARED = {  # name: (of the plan, of the run)
     "seconds": ("seconds", "elapsed_s"),
@@ -25,20 +26,23 @@ def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, i
     problem, grid = manifest.problem, manifest.grid
     done = Progress(problem, grid, covers)
     complete = done.rows_done == done.rows_total and Results(directory, manifest).exist
-    sessions = _sessions(directory.events())
-    last: dict[str, Any] = {**(sessions[-1] if sessions else _NOTHING), **_figures(directory.session())}
+    every = sessions_of(directory.events())
+    sessions = [session for session in every if not session["leads"]]
+    last: dict[str, Any] = {**(every[-1] if every else _NOTHING), **_figures(directory.session())}
+    workers = _workers(directory, manifest, covers)
     plan = last.get("plan", {})
 
     def summed(name: str) -> Any:
-        return sum(session[name] for session in (*sessions[:-1], last))
+        return sum(session[name] for session in ((*sessions[:-1], last) if len(sessions) == len(every) else sessions))
 
     def highest(name: str) -> Any:
-        return max(session[name] for session in (*sessions, last))
+        return max(session[name] for session in (*every, last))
 
     found = {
         "complete": complete,
         "schedule": plan.get("schedule"),
         "chunks": grid.rows.chunks,
+        "shares": manifest.shares,
         "pairs_done": done.pairs_done,
         "pairs_total": done.pairs_total,
         "rows_done": done.rows_done,
@@ -46,7 +50,7 @@ def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, i
         "tokens_done": done.tokens_done,
         "elapsed_s": summed("session_s"),
         "session_s": last["session_s"],
-        "eta_s": 0.0 if complete else _eta(problem.flops - done.flops_done, last),
+        "eta_s": 0.0 if complete else _eta(problem.flops - done.flops_done, last, workers),
         "flops_done": done.flops_done,
         "bytes_read": summed("bytes_read"),
         "bytes_written": summed("bytes_written"),
@@ -56,24 +60,50 @@ def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, i
         "host_projected_bytes": plan.get("host_projected_bytes"),
         "device_reserved_bytes": highest("device_reserved_bytes"),
         "device_driver_peak_bytes": highest("device_driver_peak_bytes"),
-        "sessions": len(sessions),
+        "sessions": len(every),
         "pid": directory.live_pid(),
+        "workers": workers,
     }
-    predicted = {name: plan[of] if _is_figure(plan.get(of)) else 0 for name, (of, _) in _COMPARED.items()}
+    predicted = {name: plan[of] if is_figure(plan.get(of)) else 0 for name, (of, _) in _COMPARED.items()}
     found["predicted"] = predicted if plan else None
     found["measured"] = {name: found[of] for name, (_, of) in _COMPARED.items()}
+    return found
+
+
+def _workers(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, int | None]]) -> list[dict[str, Any]]:
+    """Describe the workers that are there, or died: the seconds since their last sign of life, their rates in FLOP/s,
+    and the tasks left of the share that each one holds.
+    """
+    left = Left(manifest, covers) if manifest.chosen is not None else None
+    found = []
+    for worker in directory.workers():
+        news, share = worker.news, worker.news.get("share")
+        figures = {**_NOTHING, **_figures(news)}
+        if type(share) is not int or not 0 <= share < manifest.shares:
+            share = None
+        found.append(
+            {
+                **{name: str(news.get(name, "?"))[:100] for name in ("name", "host", "device")},
+                "pid": news["pid"] if is_figure(news.get("pid")) else None,
+                "lives": worker.lives,
+                "silent_s": worker.silent_s,
+                "flops_per_s": figures["session_flops"] / max(figures["session_s"], 1e-9),
+                "share": share,
+                "tasks_left": 0 if left is None or share is None else len(list(left.tasks(share))),
+            }
+        )
     return found
 
 
 _NOTHING: dict[str, Any] = dict.fromkeys(Figures.__dataclass_fields__, 0)
 
 
-def _sessions(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def sessions_of(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each session, its plan and the latest figures it logged."""
     sessions: list[dict[str, Any]] = []
     for event in events:
         if event.get("event") == "started":
-            sessions.append({**_NOTHING, "plan": _plan(event.get("plan"))})
+            sessions.append({**_NOTHING, "plan": _plan(event.get("plan")), "leads": event.get("leads") is True})
         if sessions:
             sessions[-1].update(_figures(event))
     return sessions
@@ -81,16 +111,20 @@ def _sessions(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _figures(found: dict[str, Any]) -> dict[str, float]:
     """Return those of a file's words that are figures of a run."""
-    return {name: n for name, n in found.items() if name in _NOTHING and _is_figure(n)}
+    return {name: n for name, n in found.items() if name in _NOTHING and is_figure(n)}
 
 
-def _is_figure(value: Any) -> bool:
+def is_figure(value: Any) -> bool:
+    """Return whether a value from a file is a number that a figure can be."""
     return type(value) in (int, float) and abs(value) < 2**62  # not so: NaN, too
 
 
 def _plan(plan: Any) -> dict[str, Any]:
-    return {k: v for k, v in plan.items() if _is_figure(v) or type(v) is str} if isinstance(plan, dict) else {}
+    return {k: v for k, v in plan.items() if is_figure(v) or type(v) is str} if isinstance(plan, dict) else {}
 
 
-def _eta(flops_left: int, last: dict[str, Any]) -> float | None:
+def _eta(flops_left: int, last: dict[str, Any], workers: list[dict[str, Any]]) -> float | None:
+    together = sum(worker["flops_per_s"] for worker in workers if worker["lives"])
+    if together:
+        return float(flops_left / together)
     return float(flops_left * last["session_s"] / last["session_flops"]) if last["session_flops"] else None

@@ -32,7 +32,12 @@ class Stopper:
         self._signals, self._owns_process = signals, owns_process
         self._before: dict[signal.Signals, Any] = {}
         self._depth = 0
+        self._asked: str | None = None
         self.received: signal.Signals | None = None
+
+    def ask(self, reason: str) -> None:
+        """Stop at the next safe point, for this reason."""
+        self._asked = reason
 
     def limit(self, max_seconds: float | None) -> None:
         """Stop so many seconds after the making; None: never for the time."""
@@ -42,6 +47,8 @@ class Stopper:
         """Return the reason; a time limit less than ``early_s`` away counts as reached."""
         if self.received is not None:
             return f"stopped by {self.received.name}"
+        if self._asked is not None:
+            return self._asked
         if self._max_seconds is not None and time.monotonic() + early_s - self._began >= self._max_seconds:
             return f"stopped after {self._max_seconds:g} s (max_seconds)"
         return None

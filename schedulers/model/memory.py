@@ -47,6 +47,7 @@ class Workload:
     of ``score_columns`` keys at a time; ``workspace_bytes``: what its libraries take on a device. ``merged_at_once``: a
     tile is merged by one kernel, with nothing besides; ``merges``: by the kernel that attends, so that there is none;
     ``rounded_tiles``: it is of as many bits as the inputs.
+    ``merged_shares``: rows may lie in several shares, whose partials are merged at the end.
     ``lower_edges``: some tiles have one.
     ``resident_output_bytes``: an output that stays in memory; ``kept_bytes``: what readers remember.
     """
@@ -73,6 +74,7 @@ class Workload:
     workspace_bytes: int = 0
     merged_at_once: bool = False
     merges: bool = False
+    merged_shares: bool = False
     rounded_tiles: bool = False
     lower_edges: bool = False
     column_bytes: int = 0
@@ -214,6 +216,9 @@ def footprint(
         "output": work.resident_output_bytes,
         "reserved": host_reserved,
     }
+    if work.merged_shares:  # two partials, when no task holds any
+        beside = 0 if habits.own_memory else on_device["partials"]
+        pageable["merging"] = max(0, 2 * partial_bytes(work, count) - beside)
     disk = _disk(work, rows, columns, stored_partials) if work.durable else {}
     if not habits.own_memory:
         return Footprint({}, {}, {**on_device, "upcast": block * narrow, **staged, **pageable}, disk)
