@@ -108,13 +108,14 @@ class Plan:
         return [(name, projected, free) for name, projected, free in pools if free is not None and projected > free]
 
     def predicted(self) -> dict[str, float]:
-        """Return the figures that a run measures too."""
+        """Return the figures that a run measures too, of all workers together."""
+        workers = 1 if self.crew is None else self.crew.workers
         return {
             "seconds": self.cost.seconds,
             "bytes_read": self.cost.bytes_read,
             "bytes_written": self.cost.bytes_written,
-            "host_bytes": self.footprint.host_bytes,
-            "device_bytes": self.footprint.device_bytes,
+            "host_bytes": workers * self.footprint.host_bytes,
+            "device_bytes": workers * self.footprint.device_bytes,
         }
 
     def to_dict(self) -> dict[str, Any]:
