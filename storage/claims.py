@@ -156,6 +156,11 @@ class Claims:
         if _content(path) != self.token or self._path(share, self._held[share] + 1).exists():
             raise Lost(f"{path}: another worker has taken over share {share}")
 
+    @property
+    def there(self) -> bool:
+        """Whether claims are kept: who completes the run removes them."""
+        return (self._folder / "claims").exists()
+
     def is_done(self, share: int) -> bool:
         return self._done(share).exists()
 
@@ -166,6 +171,7 @@ class Claims:
 
     def undo(self, share: int) -> None:
         """Take that back, and let the share be claimed anew: something of it was damaged."""
+        make_directory(self._folder / "claims")
         self._done(share).unlink(missing_ok=True)
         self._held.pop(share, None)
 

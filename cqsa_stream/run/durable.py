@@ -28,7 +28,7 @@ from cqsa_stream.run.sharing import Sharing, WorkerNews, as_begun, sink_of
 from cqsa_stream.run.state import State
 from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.schedulers.plan import Plan
-from cqsa_stream.storage.claims import Claims
+from cqsa_stream.storage.claims import Claims, forget
 
 __all__ = ["OnDisk", "compute"]
 
@@ -80,6 +80,7 @@ class OnDisk:
         if not self._is_whole(Results(self.directory, manifest), stop):
             return True
         self.directory.sweep()
+        forget(self.directory.path)
         return False
 
     def hold(self, held: ExitStack) -> tuple[Options, dict[str, Any]]:

@@ -36,7 +36,7 @@ from cqsa_stream.storage.partials import PartialStore
 __all__ = ["AtWork", "Sharing", "WorkerNews", "as_begun", "sink_of"]
 
 _FILES_AT_A_TIME = 4  # of a row chunk, which leaves a device of its own whole
-_WAIT_S = 0.2
+_WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
 _PASSES = 3  # over all shares: more than one only where something of them is found damaged
 _log = logging.getLogger(__name__)
 
@@ -78,16 +78,19 @@ class Sharing:
 
     def _compute(self, job: Job, order: list[int]) -> None:
         """Compute what can be claimed, until all shares are done."""
+        wait_s = _WAIT_S
         while left := [share for share in order if not self.claims.is_done(share)]:
             if (reason := job.stop(0.0)) is not None:
                 raise RunStopped(reason)
             self.directory.is_run(self.manifest)
             share = next(filter(self.claims.take, left), None)
             if share is None:
-                if self._complete(job):  # then there are no claims any more, and nothing is done by them
+                if not self.claims.there:  # the run is complete
                     return
-                time.sleep(_WAIT_S)
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
                 continue
+            wait_s = _WAIT_S
             try:
                 self._engine(job, share).run()
             except Lost as lost:
@@ -126,7 +129,10 @@ class AtWork:
         return returning_freed_memory()
 
     def admit(self, _: Stopper) -> bool:
-        return not Results(self._directory, self._manifest).complete
+        if not Results(self._directory, self._manifest).complete:
+            return True
+        forget(self._directory.path)  # whoever completed it may have been killed before that
+        return False
 
     def hold(self, _: ExitStack) -> tuple[Options, dict[str, Any]]:
         return self._options, {"durable": True, **as_begun(self._manifest, self._options)}
