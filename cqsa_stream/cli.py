@@ -269,7 +269,8 @@ def finish(run_dir: RunDir) -> None:
 
     found = open_run(run_dir).finish()
     if found:
-        _say(f"{run_dir}: {len(found)} shares are not computed ({', '.join(map(str, found[:8]))}); cqsa work does that")
+        some = ", ".join(map(str, found[:8])) + ", ..." * (len(found) > 8)
+        _say(f"{run_dir}: of its shares {some} are not computed; cqsa work {run_dir} does that")
         sys.exit(RunStopped.exit_code)
     _say(f"{run_dir} is complete")
 

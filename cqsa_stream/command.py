@@ -88,6 +88,8 @@ class Command:
         target = None if out is None else Target.of(out, *places, fresh=words["fresh"], **reading)
         with undisturbed():
             arrays = open_inputs(words["query"], words["key"], words["value"], **reading)
+        if any(array.source == "memory" for array in arrays.values()):
+            options = options.in_one_process()
         if target is not None:
             look(target, arrays)
         refuse_misfits(arrays["query"], arrays["key"], arrays["value"])

@@ -85,6 +85,15 @@ class Options:
         found = devices_of(self.device or AUTO)
         return [found[n % len(found)] for n in range(self.workers or len(found))]
 
+    def in_one_process(self) -> "Options":
+        """Return the options for inputs in memory, of which other processes know nothing: the first device is taken.
+
+        Raises InputError where several workers are named.
+        """
+        if (self.workers or 1) > 1 or self.executor == "ray":
+            raise InputError("inputs in memory with several workers: each opens them by name; name paths")
+        return self if self.device is None else replace(self, device=devices_of(self.device)[0])
+
     @property
     def dealt(self) -> int:
         """Into how many shares a new run is dealt: a few for each worker, where there are several."""

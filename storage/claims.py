@@ -10,6 +10,7 @@ now, so the clocks of the machines do not matter. Nothing that is computed rests
 compute one share waste time, and nothing else.
 """
 
+import errno
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cqsa_stream.storage.atomic import has_ended, make_directory, open_regular, owner, temporary_name
-from cqsa_stream.storage.errors import CqsaError
+from cqsa_stream.storage.errors import CqsaError, FullDiskError
 
 __all__ = ["SILENT_S", "Claims", "Lost", "Worker", "age_s", "forget", "workers"]
 
@@ -51,6 +52,10 @@ class Worker:
     def lives(self) -> bool:
         """Whether it may be at work: its process is not known to have ended, and it was heard of lately."""
         return self.silent_s < SILENT_S and not has_ended(str(self.news.get("owner", "")))
+
+    def said(self, name: str) -> str:
+        """Return one of its words, fit for a terminal: anybody may have written them."""
+        return "".join(filter(str.isprintable, str(self.news.get(name, "?"))))[:100]
 
 
 def workers(folder: Path) -> list[Worker]:
@@ -143,6 +148,12 @@ class Claims:
             file = os.open(self._path(share, epoch + 1), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except (FileExistsError, FileNotFoundError):  # another was first; or the run is complete, and claims are gone
             return False
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise FullDiskError(
+                    error.errno, "disk full; a claim is needed", str(self._folder / "claims")
+                ) from error
+            raise
         try:
             os.write(file, self.token.encode())
         finally:
@@ -166,7 +177,7 @@ class Claims:
 
     def done(self, share: int) -> None:
         """Note that a share is computed."""
-        with suppress(OSError):  # it will be looked at once more, for nothing
+        with suppress(FileNotFoundError):  # the run is complete, and claims are gone
             self._done(share).touch()
 
     def undo(self, share: int) -> None:

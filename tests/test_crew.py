@@ -15,7 +15,8 @@ MIB = 2**20
 
 
 def planned(tmp_path: Path, **options: Any) -> Any:
-    array = np.zeros((1, 2, 20_000, 16), np.float32)
+    array = tmp_path / "array.npy"
+    np.save(array, np.zeros((1, 2, 20_000, 16), np.float32))
     words: dict[str, Any] = {"is_causal": True, "device": "cpu", "out": tmp_path / "out", **options}
     return cqsa.plan(array, array, array, **words)
 
@@ -81,3 +82,9 @@ def test_workers_need_a_place_to_meet() -> None:
     q = np.zeros((1, 1, 64, 8), np.float32)
     with pytest.raises(cqsa.InputError, match="workers without out"):
         cqsa.attention(q, q, q, workers=2)
+
+
+def test_workers_need_paths(tmp_path: Path) -> None:
+    q = np.zeros((1, 1, 64, 8), np.float32)
+    with pytest.raises(cqsa.InputError, match="name paths"):
+        cqsa.attention(q, q, q, workers=2, out=tmp_path / "out")

@@ -230,6 +230,10 @@ def test_what_cannot_be(cli: Cli, tmp_path: Path) -> None:
     other = cli("run", *QKV, "out", *words[:-3], "--shares", 4, "--causal")
     assert other.returncode == 6
     assert "shares 6 (now 4)" in other.stderr
+    for option, value in (("--schedule", "rectangular"), ("--kernel", "online")):
+        other = cli("run", *QKV, "out", "--causal", option, value)
+        assert other.returncode == 6
+        assert f"(now {value})" in other.stderr
     assert cli("run", *QKV, "more", "--workers", 0).returncode == 2
     assert cli("run", *QKV, "more", "--address", "auto").returncode == 2
     assert cli("run", *QKV, "one", *FIXED, "--max-seconds", 0).returncode == 3

@@ -1,15 +1,17 @@
 """What is looked at before a run begins or goes on: nothing is overwritten, and nothing mixed, that should not be."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
 
 from cqsa_stream.command import Command, Target
 from cqsa_stream.errors import InputError, MismatchError
+from cqsa_stream.options import Options
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.manifest import Manifest
+from cqsa_stream.schedulers.schedules import AUTO
 from cqsa_stream.storage.open import TokenArray
 from cqsa_stream.storage.output import holds_array
 
@@ -76,6 +78,14 @@ def results(directory: RunDirectory) -> list[Path]:
     return [directory.output_path(manifest), directory.lse_path(manifest)]
 
 
+def _fixed(manifest: Manifest, options: Options) -> Iterator[tuple[str, str, str | None]]:
+    """Yield (what, as it began, as it is named now) of what shares fix."""
+    if manifest.chosen is not None:
+        for name in ("schedule", "kernel"):
+            named = getattr(options, name)
+            yield name, getattr(manifest.chosen, name), None if named == AUTO else named
+
+
 def refuse_differences(manifest: Manifest, directory: RunDirectory, command: Command) -> None:
     """Raise MismatchError where a command asks for another problem, grid or place than the run began with."""
     problems = manifest.problem, command.problem
@@ -93,6 +103,7 @@ def refuse_differences(manifest: Manifest, directory: RunDirectory, command: Com
         ("shares", manifest.shares, command.options.shares),
         ("output", directory.output_path(manifest), target.out),
         ("lse", directory.lse_path(manifest), target.lse),
+        *_fixed(manifest, command.options),
     ):
         if named is not None and named != found:
             differing.append(f"{name} {found} (now {named})")

@@ -230,7 +230,7 @@ class OnDisk:
         """Remove an earlier run, and those of its results that the user named: the folders are held, and emptied."""
         living = [worker for worker in self.directory.workers() if worker.lives]
         if living:
-            who = ", ".join(f"process {w.news.get('pid')} on {w.news.get('host')}" for w in living[:3])
+            who = ", ".join(f"process {w.said('pid')} on {w.said('host')}" for w in living[:3])
             raise LockedError(f"{self.directory.path}: {who} works in this run; wait for it, or stop it")
         self.directory.disown()
         named = (self._target.out, self._target.lse)

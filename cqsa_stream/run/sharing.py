@@ -69,6 +69,7 @@ class Sharing:
         for _ in range(_PASSES):
             self._compute(job, order)
             merge_shares(job.plan.grid, job.operation, job.store, job.sink)
+            self.directory.is_run(self.manifest)
             if self._complete(job):
                 forget(self.directory.path)
                 return

@@ -83,7 +83,7 @@ def _workers(directory: RunDirectory, manifest: Manifest, covers: list[dict[int,
             share = None
         found.append(
             {
-                **{name: str(news.get(name, "?"))[:100] for name in ("name", "host", "device")},
+                **{name: worker.said(name) for name in ("name", "host", "device")},
                 "pid": news["pid"] if is_figure(news.get("pid")) else None,
                 "lives": worker.lives,
                 "silent_s": worker.silent_s,
