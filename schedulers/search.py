@@ -140,7 +140,8 @@ class _Search:
 
     def counted(self, plan: Plan) -> Traffic:
         """Return what a plan moves, counted as exactly as a moment allows."""
-        return moved(self.work, self._schedule(plan.schedule, plan.grid, plan.layout), plan.layout, self.request.arrays)
+        schedule, asked = self._schedule(plan.schedule, plan.grid, plan.layout), self.request
+        return moved(self.work, schedule, plan.layout, asked.arrays, shares=asked.shares)
 
     def costed(self, plan: Plan, count: Traffic, rates: Rates, cached: float = 0.0) -> Plan:
         """Return a plan with its price by these rates, where a share of the arrays is in memory already."""
@@ -151,7 +152,9 @@ class _Search:
         found = self._crew(schedule, plan.layout, cost, rates, plan.footprint)
         disk = {**plan.footprint.disk, "partials of shares": found.merge_bytes}
         held = replace(plan.footprint, disk=disk if self.work.durable else {})
-        return replace(plan, cost=replace(cost, seconds=found.seconds), crew=found, footprint=held)
+        read, written = (size + found.merge_bytes for size in (cost.bytes_read, cost.bytes_written))
+        cost = replace(cost, seconds=found.seconds, bytes_read=read, bytes_written=written)
+        return replace(plan, cost=cost, crew=found, footprint=held)
 
     def _crew(self, schedule: Schedule, layout: Layout, cost: Cost, rates: Rates, held: Footprint) -> Crew:
         """Return what the workers of the run take."""

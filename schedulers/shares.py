@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 
 from cqsa_stream.schedulers.tasks import Schedule, Task
 
-__all__ = ["MOST_SHARES", "Share", "deal"]
+__all__ = ["MOST_SHARES", "Share", "deal", "firsts"]
 
 MOST_SHARES = 100_000
 
@@ -65,6 +65,12 @@ def deal(schedule: Schedule, lanes: int, count: int, worker: int = 0, workers: i
         numbers.sort(key=lambda number: -work[number])
     own = numbers[worker::workers]
     return own + [number for number in numbers if number not in set(own)]
+
+
+def firsts(schedule: Schedule, lanes: int, count: int) -> set[int]:
+    """Return the tasks with which shares begin in the first lane, which is like the others; 0 is one of them."""
+    each = len(schedule)
+    return {0} if lanes * each < count else {first for first in _cuts(schedule, lanes, count) if first < each}
 
 
 @lru_cache(maxsize=4)

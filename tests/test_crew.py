@@ -78,6 +78,19 @@ def test_local_workers_share_one_budget(cli: Cli) -> None:
     assert 0 < ended["measured"]["host_bytes"] <= ended["predicted"]["host_bytes"] + 21 * MIB <= budget
 
 
+@pytest.mark.parametrize("shares", [3, 8])
+@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+def test_what_shares_read_again_and_merge_is_counted(schedule: str, shares: int, cli: Cli) -> None:
+    words = ("--tokens", 9000, "--heads", 2, "--head-dim", 64, "--dtype", "float32")
+    assert cli("generate", "d", *words).returncode == 0
+    options = ("--causal", "--device", "cpu", "--schedule", schedule, "--shares", shares, "--host-memory", "60MiB")
+    found = cli("run", *QKV, "out", *options, "--json", "--quiet")
+    assert found.returncode == 0, found.stderr
+    ended = json.loads(found.stdout.splitlines()[-1])
+    for name in ("bytes_read", "bytes_written"):
+        assert ended["measured"][name] == pytest.approx(ended["predicted"][name], rel=0.1), name
+
+
 def test_workers_need_a_place_to_meet() -> None:
     q = np.zeros((1, 1, 64, 8), np.float32)
     with pytest.raises(cqsa.InputError, match="workers without out"):

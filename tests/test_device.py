@@ -10,8 +10,10 @@ import torch
 from cqsa_stream.engine.arena import PageLock, pages
 from cqsa_stream.engine.leaving import outbox_for
 from cqsa_stream.errors import InputError
-from cqsa_stream.machine.device import DONE, Cuda, Event, Host, device_of
+from cqsa_stream.machine.device import DONE, Cuda, Event, Host, device_of, devices_of
 from cqsa_stream.machine.driver import _handle, process_bytes
+from cqsa_stream.machine.habits import HOST
+from cqsa_stream.options import Options
 from cqsa_stream.schedulers.operands import Field, Sum
 
 CUDA = torch.device("cuda", 0)
@@ -114,3 +116,27 @@ def test_what_the_driver_says_of_this_process(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert process_bytes(CUDA) is None, "nvidia-ml-py is not installed"
     _handle.cache_clear()
+
+
+def test_all_devices_of_a_machine_or_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert devices_of("cuda") == ["cuda:0", "cuda:1", "cuda:2"]
+    assert devices_of("cuda:0,2") == ["cuda:0", "cuda:2"]
+    assert devices_of("cuda:1") == ["cuda:1"]
+    assert devices_of("cpu") == ["cpu"]
+    assert Options(device="cuda").devices == ["cuda:0", "cuda:1", "cuda:2"]
+    assert Options(device="cuda:0,2", workers=3).devices == ["cuda:0", "cuda:2", "cuda:0"]
+    assert (Options(device="cuda").dealt, Options(device="cuda:1").dealt) == (12, 1)
+    with pytest.raises(InputError, match="named twice"):
+        devices_of("cuda:1,1")
+
+
+def test_each_worker_has_its_part_of_the_memory() -> None:
+    each = Options(device="cpu", workers=4, host_memory="1GiB").of_a_worker()
+    assert each.host_memory == (2**30 - HOST.host_reserved_bytes) // 4
+    assert (each.workers, each.device) == (4, "cpu")
+    assert Options(device="cpu", workers=4, host_memory="1GiB", executor="ray").of_a_worker().host_memory == 2**30
+    alone = Options(device="cpu", host_memory="1GiB").of_a_worker()
+    assert (alone.host_memory, alone.workers) == (2**30, 1)
+    assert Options(device="cpu").of_a_worker().host_memory is None

@@ -39,8 +39,10 @@ def begin(cli: Cli, schedule: str, *options: object, out: str = "out", shares: i
 
 def alone(cli: Cli, words: tuple[object, ...]) -> tuple[bytes, bytes]:
     """Return what one process makes of the same shares."""
-    found = cli("run", *QKV, "alone", *words)
+    found = cli("run", *QKV, "alone", *words, "--json")
     assert found.returncode == 0, found.stderr
+    last = json.loads(found.stdout.splitlines()[-1])
+    assert last["figures"]["rows_done"] == last["figures"]["rows_total"]
     assert cli("verify", "alone.run").returncode == 0
     assert leftovers(Path.cwd(), "alone") == []
     return bits(Path.cwd(), "alone")
@@ -72,13 +74,14 @@ def test_an_array_of_workers(schedule: str, mask: str, count: int, cli: Cli, tmp
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+@pytest.mark.parametrize("schedule", ["cqs", pytest.param("rectangular", marks=pytest.mark.slow)])
 def test_workers_of_one_command(schedule: str, cli: Cli, tmp_path: Path) -> None:
     words = begin(cli, schedule, "--causal")
     found = cli("run", *QKV, "out", *words, "--workers", 2, "--json")
     assert found.returncode == 0, found.stderr
     last = json.loads(found.stdout.splitlines()[-1])
     assert last["figures"]["pairs_done"] == last["figures"]["pairs_total"]
+    assert last["figures"]["rows_done"] == last["figures"]["rows_total"]
     assert last["measured"]["bytes_read"] > 0, "what workers read is told"
     assert bits(tmp_path) == alone(cli, words)
     assert leftovers(tmp_path) == []
@@ -126,7 +129,7 @@ def test_a_worker_of_a_silent_host_is_replaced_whatever_the_clocks_say(cli: Cli,
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("schedule", ["cqs", "rectangular"])
+@pytest.mark.parametrize("schedule", ["cqs", pytest.param("rectangular", marks=pytest.mark.slow)])
 def test_a_stopped_worker_that_wakes_does_no_harm(schedule: str, cli: Cli, tmp_path: Path) -> None:
     words = begin(cli, schedule, "--causal")
     with Workers(tmp_path) as workers:

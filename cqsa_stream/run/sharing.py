@@ -70,10 +70,12 @@ class Sharing:
             self._compute(job, order)
             merge_shares(job.plan.grid, job.operation, job.store, job.sink)
             self.directory.is_run(self.manifest)
-            if self._complete(job):
+            covers = job.store.covers()
+            job.meter.restart(covers)  # what was merged, and what others did
+            if job.meter.rows_done == job.meter.rows_total:
                 forget(self.directory.path)
                 return
-            for share in Left(self.manifest, job.store.covers()).shares():
+            for share in Left(self.manifest, covers).shares():
                 self.claims.undo(share)
         raise CqsaError(f"{self.directory.path}: what was computed is found damaged again and again; see the messages")
 
@@ -111,10 +113,6 @@ class Sharing:
         store.guard = guard
         store.prepare()
         return Engine(replace(job, store=store, share=Share(share, self.manifest.shares)))
-
-    def _complete(self, job: Job) -> bool:
-        filled = self.manifest.rows.filled
-        return all(sum(cover is None for cover in lane.values()) == filled for lane in job.store.covers())
 
 
 class AtWork:

@@ -16,6 +16,7 @@ from cqsa_stream.schedulers.model.memory import (
     partial_file_bytes,
 )
 from cqsa_stream.schedulers.residency import Residency, Standing, pieces
+from cqsa_stream.schedulers.shares import firsts
 from cqsa_stream.schedulers.tasks import NEVER, Schedule, Task
 
 __all__ = ["Fetch", "Stored", "Traffic", "blocks_of_chunk", "fetches", "moved", "queries_first"]
@@ -148,9 +149,15 @@ class Traffic:
 Arrays = tuple[Stored, Stored, Stored]
 
 
-def moved(work: Workload, schedule: Schedule, layout: Layout, arrays: Arrays, *, exactly: bool = True) -> Traffic:
-    """Return what a schedule moves: counted task by task where that takes a moment only, else from a sample."""
-    count = _Count(work, schedule, layout, arrays)
+def moved(
+    work: Workload, schedule: Schedule, layout: Layout, arrays: Arrays, *, exactly: bool = True, shares: int = 1
+) -> Traffic:
+    """Return what a schedule moves: counted task by task where that takes a moment only, else from a sample.
+
+    A share begins with nothing in memory. What is merged of its partials is not in it, nor, in a sample, what it reads
+    again of what stood in memory for the share before.
+    """
+    count = _Count(work, schedule, layout, arrays, shares)
     if exactly and _fetches(schedule, layout) <= _MOST_COUNTED:
         return count.all_tasks()
     return count.sample()
@@ -172,7 +179,8 @@ def blocks_of_chunk(axis: Axis, layout: Layout) -> int:
 class _Count:
     """The state of a dry run over one lane."""
 
-    def __init__(self, work: Workload, schedule: Schedule, layout: Layout, arrays: Arrays) -> None:
+    def __init__(self, work: Workload, schedule: Schedule, layout: Layout, arrays: Arrays, shares: int) -> None:
+        self._firsts = firsts(schedule, work.lanes, shares)
         self._work, self._schedule, self._grid, self._layout = work, schedule, schedule.grid, layout
         self._arrays = dict(zip(("query", "key", "value"), arrays, strict=True))
         self._lanes = arrays[0].lanes
@@ -184,10 +192,12 @@ class _Count:
 
     def all_tasks(self) -> Traffic:
         """Go through the tasks as the engine will."""
-        slots = Residency(self._layout.slots, self._layout.ring_slots - 1)
-        standing = Standing(self._layout.resident_rows, self._layout.parked_rows)
-        left, begun = {row: len(self._grid.needed(row)) for row in range(self._grid.rows.filled)}, set[int]()
+        left = {row: len(self._grid.needed(row)) for row in range(self._grid.rows.filled)}
         for number in range(len(self._schedule)):
+            if number in self._firsts:
+                slots = Residency(self._layout.slots, self._layout.ring_slots - 1)
+                standing = Standing(self._layout.resident_rows, self._layout.parked_rows)
+                begun: set[int] = set()
             task = self._schedule.task(number, 0)
             self._bring(task, standing, begun)
             for array, tokens, next_use in fetches(self._schedule, task, self._layout):

@@ -100,6 +100,7 @@ def test_a_hundred_kills(
     print(f"\n{schedule} {part}: {kills} kills")
 
 
+@pytest.mark.slow
 def test_kills(made: Cqsa, expected: dict[str, tuple[bytes, bytes]], tmp_path: Path) -> None:
     (tmp_path / "d").symlink_to(made.folder / "d")
     kill_until(1, tmp_path, "cqs", random.Random(3))
