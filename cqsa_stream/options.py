@@ -9,7 +9,7 @@ from cqsa_stream.kernels.choose import KERNELS, chosen
 from cqsa_stream.kernels.contract import KernelChoice
 from cqsa_stream.machine.budgets import free_budgets, parse_size
 from cqsa_stream.machine.calibration import load
-from cqsa_stream.machine.device import Device, device_of, devices_of
+from cqsa_stream.machine.device import ALL, Device, device_of, devices_of
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.quorums import quorum_size
 from cqsa_stream.schedulers.schedules import AUTO, SCHEDULES
@@ -82,7 +82,8 @@ class Options:
     @property
     def devices(self) -> list[str]:
         """The device of each worker: all that are named, in turns where more workers are wanted."""
-        found = devices_of(self.device or AUTO)
+        several = (self.workers or 1) > 1 and self.device in (None, AUTO) and device_of(AUTO).habits.own_memory
+        found = devices_of(ALL if several else self.device or AUTO)
         return [found[n % len(found)] for n in range(self.workers or len(found))]
 
     def in_one_process(self) -> "Options":
@@ -101,7 +102,7 @@ class Options:
         return self.shares or (_SHARES_OF_A_WORKER * workers if several else 1)
 
     def of_a_worker(self) -> "Options":
-        """Return the options of one of the workers: the first device, and its part of the memory of the machine."""
+        """Return the options of one of the workers: the first device, and its part of its memory and the machine's."""
         together = 1 if self.executor == "ray" else len(self.devices)
         host = parse_size(self.host_memory, "host_memory")
         if host is None and together > 1:
@@ -109,7 +110,17 @@ class Options:
         device = self.device if self.device is None else self.devices[0]
         ours = device_of(device or AUTO).habits.host_reserved_bytes if together > 1 else 0  # who leads them holds it
         host = None if host is None else max(1, (host - ours) // together)
-        return replace(self, device=device, workers=len(self.devices), host_memory=host)
+        on_one = 1 if self.executor == "ray" else max(map(self.devices.count, self.devices))
+        own = parse_size(self.device_memory, "device_memory")
+        if on_one > 1:
+            own = free_budgets(device_of(device or AUTO))[0] if own is None else own
+            own = None if own is None else max(1, own // on_one)
+        return replace(self, device=device, workers=len(self.devices), host_memory=host, device_memory=own)
+
+    def of_one_process(self) -> "Options":
+        """Return the options of a run that one process computes, whatever was asked for."""
+        device = self.device if self.device is None else self.devices[0]
+        return replace(self, device=device, workers=None, executor=None, address=None)
 
     @property
     def interval_s(self) -> float:

@@ -64,7 +64,8 @@ def deal(schedule: Schedule, lanes: int, count: int, worker: int = 0, workers: i
         work = [ends[stop] - ends[start] for start, stop in pairwise(_cuts(schedule, lanes, count))]
         numbers.sort(key=lambda number: -work[number])
     own = numbers[worker::workers]
-    return own + [number for number in numbers if number not in set(own)]
+    taken = set(own)
+    return own + [number for number in numbers if number not in taken]
 
 
 def firsts(schedule: Schedule, lanes: int, count: int) -> set[int]:

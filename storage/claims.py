@@ -26,6 +26,7 @@ from typing import Any
 
 from cqsa_stream.storage.atomic import has_ended, make_directory, open_regular, owner, temporary_name
 from cqsa_stream.storage.errors import CqsaError, FullDiskError
+from cqsa_stream.storage.retrying import retrying
 
 __all__ = ["SILENT_S", "Claims", "Lost", "Worker", "age_s", "forget", "workers"]
 
@@ -78,16 +79,19 @@ def _worker(folder: Path, token: str) -> Worker | None:
         news = json.loads(data)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):
-        news, changed = {}, 0.0
-    return Worker(token, age_s(path.parent, changed), news if isinstance(news, dict) else {})
+    except OSError:  # nobody knows: it may live
+        return Worker(token, 0.0, {})
+    except (ValueError, RecursionError):
+        news = {}
+    return Worker(token, age_s(folder, changed), news if isinstance(news, dict) else {})
 
 
 def age_s(folder: Path, changed: float) -> float:
     """Return how long ago a file was changed, by the clock of the folder's file system; by ours where it is closed to
-    us.
+    us. A time that is far ahead is as far from now as one that is past.
     """
-    return max(0.0, _now(folder) - changed)
+    age = _now(folder) - changed
+    return -age if age < -SILENT_S else max(0.0, age)
 
 
 def _now(folder: Path) -> float:
@@ -149,13 +153,12 @@ class Claims:
         except (FileExistsError, FileNotFoundError):  # another was first; or the run is complete, and claims are gone
             return False
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise FullDiskError(
-                    error.errno, "disk full; a claim is needed", str(self._folder / "claims")
-                ) from error
-            raise
+            raise _full(error, self._folder) from error
         try:
             os.write(file, self.token.encode())
+        except OSError as error:
+            self._path(share, epoch + 1).unlink(missing_ok=True)
+            raise _full(error, self._folder) from error
         finally:
             os.close(file)
         self._held = {share: epoch + 1}
@@ -205,7 +208,7 @@ class Claims:
             return worker is not None and worker.lives
         path = self._path(share, epoch)
         try:
-            return age_s(path.parent, path.stat().st_mtime) < SILENT_S
+            return age_s(self._folder, path.stat().st_mtime) < SILENT_S
         except OSError:
             return False
 
@@ -221,15 +224,24 @@ class Claims:
         return self._folder / "claims" / f"{share:04d}.done"
 
 
+@retrying
 def _content(path: Path) -> str:
+    """Return what a file holds, nothing where it is not there. Raises OSError where nobody knows."""
     try:
         with open_regular(path) as file:
             return file.read(_MOST_BYTES).decode("ascii", "replace")
-    except OSError:
+    except FileNotFoundError:
         return ""
+
+
+def _full(error: OSError, folder: Path) -> OSError:
+    """Return the error of a claim that could not be made, FullDiskError where the disk is full."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FullDiskError(error.errno, "disk full; a claim is needed", str(folder / "claims"))
+    return error
 
 
 def forget(folder: Path) -> None:
     """Remove all claims, and the files of all workers; what cannot be removed harms nothing."""
-    for name in ("claims", "workers"):
+    for name in 2 * ("claims", "workers"):  # a file may come between the look and the removal
         shutil.rmtree(folder / name, ignore_errors=True)

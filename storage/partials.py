@@ -270,6 +270,7 @@ class PartialStore:
             return None
         except DamagedError as error:
             if self._ours and place.share in (self.share, _WORD):
+                self.guard()  # where the run was begun anew, it is another run's, and whole
                 path = self._path(place)
                 with suppress(FileNotFoundError):
                     path.replace(path.with_suffix(".damaged"))

@@ -323,3 +323,27 @@ def test_a_slurm_array_killed_and_submitted_again(cli: Cli, tmp_path: Path) -> N
     assert submit() == [0] * 5
     assert bits(tmp_path) == alone(cli, words)
     assert leftovers(tmp_path) == []
+
+
+def test_a_late_worker_takes_nothing_of_a_run_begun_anew_for_damaged(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read the manifest of the run before, and comes to the partials when the new run is complete."""
+    from cqsa_stream.run import working
+
+    words = begin(cli, "cqs", "--causal")
+    reopen = working.reopen_inputs
+
+    def late(*args: object, **options: bool) -> object:
+        with monkeypatch.context() as patch:
+            patch.setattr(working, "reopen_inputs", reopen)
+            found = reopen(*args, **options)  # type: ignore[arg-type]
+            assert cli("run", *QKV, "out", *words, "--fresh").returncode == 0
+        return found
+
+    monkeypatch.setattr(working, "reopen_inputs", late)
+    found = cli("work", "out.run", "--quiet")
+    assert (found.returncode, "begun anew" in found.stderr) == (5, True), found.stderr
+    status = json.loads(cli("status", "out.run", "--json").stdout)
+    assert status["complete"]
+    assert not list((tmp_path / "out.run/partials").glob("*.damaged"))

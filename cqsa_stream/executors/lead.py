@@ -10,6 +10,7 @@ from cqsa_stream.errors import CqsaError, RunStopped
 from cqsa_stream.events import Progressed
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.status import is_figure, sessions_of
+from cqsa_stream.storage.claims import forget
 
 __all__ = ["Crew", "lead", "say_who_ended"]
 
@@ -39,6 +40,7 @@ def lead(directory: RunDirectory, job: Job, crew: Crew) -> None:
             crew.stop()
         telling.now_and_then()
     if telling.end():
+        forget(directory.path)
         return
     if reason is not None:
         raise RunStopped(reason)

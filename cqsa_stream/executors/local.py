@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cqsa_stream.engine.job import Job
+from cqsa_stream.errors import RunStopped
 from cqsa_stream.executors.lead import lead, say_who_ended
 from cqsa_stream.run.directory import RunDirectory
 
@@ -28,6 +29,7 @@ class Processes:
         self._directory, self._devices = directory, devices
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended: dict[int, int] = {}
+        self._stopping = False
 
     @property
     def codes(self) -> list[int]:
@@ -47,7 +49,7 @@ class Processes:
             if code is None or number in self._ended:
                 continue
             self._ended[number] = code
-            if code:
+            if code and not (self._stopping and code in (RunStopped.exit_code, -signal.SIGTERM)):
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 left = sum(other.poll() is None for other in self._processes)
                 say_who_ended(number, f"(process {process.pid}) {how}", left)
@@ -55,6 +57,7 @@ class Processes:
         return len(self._ended) < len(self._processes)
 
     def stop(self) -> None:
+        self._stopping = True
         for process in self._processes:
             process.send_signal(signal.SIGTERM)
 

@@ -19,7 +19,7 @@ from cqsa_stream.machine.driver import process_bytes
 from cqsa_stream.machine.habits import CUDA, HOST
 from cqsa_stream.schedulers.model.habits import Habits
 
-__all__ = ["DONE", "Cuda", "Device", "Event", "Host", "Stream", "Tick", "device_of", "devices_of"]
+__all__ = ["ALL", "DONE", "Cuda", "Device", "Event", "Host", "Stream", "Tick", "device_of", "devices_of"]
 
 
 class Event(Protocol):
@@ -223,12 +223,16 @@ class Cuda:
 Device = Host | Cuda
 
 
+ALL = "cuda"
+"""The name of all devices of their own that this machine has."""
+
+
 def devices_of(name: str) -> list[str]:
     """Return the devices of "cuda", which are all of this machine, or of "cuda:0,2"; another name is one device's.
 
     Raises InputError where a device is named twice.
     """
-    if name == "cuda":
+    if name == ALL:
         return [f"cuda:{number}" for number in range(cuda.device_count() if cuda.is_available() else 0)] or [name]
     if re.fullmatch(r"cuda:\d+(?:,\d+)+", name) is None:
         return [name]

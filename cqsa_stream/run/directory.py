@@ -204,9 +204,7 @@ class RunDirectory:
         Raises LockedError, and InputError where a part of the directory is a link that leads out of it.
         """
         make_directory(self.path)
-        for name in (*_FILES, *_FOLDERS, "lock"):
-            if (self.path / name).is_symlink():
-                raise InputError(f"{self.path / name} is a link; expected a run's own file: put it here, or remove it")
+        self.refuse_links()
         lock = filelock.FileLock(self.path / "lock")
         try:
             lock.acquire(timeout=0)
@@ -218,6 +216,12 @@ class RunDirectory:
         finally:
             self.write_session({**self.session(), "ended": True})
             lock.release()
+
+    def refuse_links(self) -> None:
+        """Raise InputError where a part of the directory is a link."""
+        for name in (*_FILES, *_FOLDERS, "lock"):
+            if (self.path / name).is_symlink():
+                raise InputError(f"{self.path / name} is a link; expected a run's own file: put it here, or remove it")
 
     def _holder(self) -> str:
         """Return who holds the lock, by its own word, which it gives a moment after taking it."""

@@ -92,7 +92,9 @@ class OnDisk:
         manifest = self._same_run()  # another may have begun here meanwhile, or gone on with other inputs
         refuse_changed_inputs(manifest, self._prints)
         self._before = self.directory.state(manifest.problem)
-        options, chosen = self._before.inherited(self._command.options.of_a_worker())
+        asked = self._command.options
+        each = asked.of_a_worker() if manifest.shares > 1 else asked.of_one_process()
+        options, chosen = self._before.inherited(each)
         return options, {**known, "fixed": chosen, **as_begun(manifest, options)}
 
     def take(self, plan: Plan, state: State, held: ExitStack) -> Workplace:
@@ -127,7 +129,8 @@ class OnDisk:
 
     def _workplace(self, manifest: Manifest, used: Options, place: Workplace, held: ExitStack) -> Workplace:
         """Return the place with who works there: an engine, one that shares with others, or a crew that we lead."""
-        crew = self._crews(self.directory, self._command.options)
+        options = self._command.options
+        crew = self._crews(self.directory, replace(options, device=options.device or used.device))
         if crew is not None and manifest.shares == 1:
             _log.warning("%s: the run began with 1 share, which one process computes", self.directory.path)
             crew = None

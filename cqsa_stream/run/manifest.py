@@ -16,6 +16,7 @@ import numpy as np
 
 from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.grid import Axis, Grid
+from cqsa_stream.schedulers.model.memory import Layout
 from cqsa_stream.schedulers.plan import Chosen
 from cqsa_stream.schedulers.search import MOST_CHUNKS
 from cqsa_stream.schedulers.shares import MOST_SHARES
@@ -113,6 +114,8 @@ class Manifest:
             raise ValueError(f"{self.shares!r} shares; expected 1 to {MOST_SHARES}")
         if (self.shares > 1) != (self.chosen is not None):
             raise ValueError(f"{self.shares} shares, and a plan {self.chosen}; expected a plan for several")
+        if self.chosen is not None:
+            Layout.from_dict(self.chosen.layout)
         if type(self.fill_missing) is not bool:
             raise ValueError(f"fill_missing {self.fill_missing!r}")
         if self.layout not in LAYOUTS:

@@ -128,6 +128,7 @@ class AtWork:
         return returning_freed_memory()
 
     def admit(self, _: Stopper) -> bool:
+        self._directory.refuse_links()
         if not Results(self._directory, self._manifest).complete:
             return True
         forget(self._directory.path)  # whoever completed it may have been killed before that
@@ -144,6 +145,7 @@ class AtWork:
         def guard() -> None:
             self._directory.is_run(self._manifest)
 
+        guard()  # now that who begins it anew would see us
         store.guard = guard
         store.prepare()
         results.prepare()

@@ -65,6 +65,8 @@ def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, i
         "workers": workers,
     }
     predicted = {name: plan[of] if is_figure(plan.get(of)) else 0 for name, (of, _) in _COMPARED.items()}
+    for name in ("host_bytes", "device_bytes"):  # a plan's are each worker's, what is measured those of all
+        predicted[name] *= plan["workers"] if last.get("leads") and is_figure(plan.get("workers")) else 1
     found["predicted"] = predicted if plan else None
     found["measured"] = {name: found[of] for name, (_, of) in _COMPARED.items()}
     return found

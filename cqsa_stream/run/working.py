@@ -14,15 +14,17 @@ from cqsa_stream.machine.surroundings import undisturbed
 from cqsa_stream.run.admission import refuse_strange_places
 from cqsa_stream.run.inputs import reopen_inputs
 from cqsa_stream.run.opened import Run
+from cqsa_stream.run.outputs import Results
 from cqsa_stream.run.session import Session
 from cqsa_stream.run.sharing import AtWork
 from cqsa_stream.run.stopping import Stopper
+from cqsa_stream.storage.claims import forget
 
 __all__ = ["place_of", "work"]
 
 _PLACES = (  # (variables of this worker's number, of their count, of its number on its machine)
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun's first: it may run within a task of an array
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_LOCALID"),
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
 )
 
 
@@ -69,6 +71,9 @@ def work(
     if run.manifest.shares == 1:
         return run.resume(observers, max_seconds, fetch=fetch, stop=stop)
     directory, manifest = run.directory, run.manifest
+    if Results(directory, manifest).complete:  # whether or not the inputs are still there
+        forget(directory.path)
+        return run
     refuse_strange_places(manifest, directory, ())
     state = directory.state(manifest.problem)
     options = replace(
