@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cqsa_stream.errors import InputError
+from cqsa_stream.run.inputs import reopen_inputs
 from cqsa_stream.run.working import place_of
 from tests.conftest import ROOT, Cli, environment
 from tests.holding import go_on
@@ -329,19 +330,16 @@ def test_a_late_worker_takes_nothing_of_a_run_begun_anew_for_damaged(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has read the manifest of the run before, and comes to the partials when the new run is complete."""
-    from cqsa_stream.run import working
-
-    words = begin(cli, "cqs", "--causal")
-    reopen = working.reopen_inputs
+    words, name = begin(cli, "cqs", "--causal"), "cqsa_stream.run.working.reopen_inputs"
 
     def late(*args: object, **options: bool) -> object:
         with monkeypatch.context() as patch:
-            patch.setattr(working, "reopen_inputs", reopen)
-            found = reopen(*args, **options)  # type: ignore[arg-type]
+            patch.setattr(name, reopen_inputs)
+            found = reopen_inputs(*args, **options)  # type: ignore[arg-type]
             assert cli("run", *QKV, "out", *words, "--fresh").returncode == 0
         return found
 
-    monkeypatch.setattr(working, "reopen_inputs", late)
+    monkeypatch.setattr(name, late)
     found = cli("work", "out.run", "--quiet")
     assert (found.returncode, "begun anew" in found.stderr) == (5, True), found.stderr
     status = json.loads(cli("status", "out.run", "--json").stdout)
