@@ -11,11 +11,12 @@ import torch
 from cqsa_stream.command import Command
 from cqsa_stream.events import Observer
 from cqsa_stream.executors.choose import crew_of
-from cqsa_stream.observers.watching import checked
+from cqsa_stream.observers.watching import checked, shown
 from cqsa_stream.run.durable import compute
 from cqsa_stream.run.inputs import refuse_other_inputs
 from cqsa_stream.run.opened import Run, open_run
-from cqsa_stream.run.session import compute_in_memory, planned
+from cqsa_stream.run.planned import planned
+from cqsa_stream.run.session import compute_in_memory
 from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.schedulers.masks.rule import Rule
 from cqsa_stream.schedulers.plan import Plan
@@ -51,8 +52,8 @@ def attention(
     schedule: str = "auto",
     chunks: int | None = None,
     run_dir: str | os.PathLike[str] | None = None,
-    checkpoint_every_s: float | None = None,
-    max_seconds: float | None = None,
+    checkpoint_every_s: float | str | None = None,
+    max_seconds: float | str | None = None,
     kernel: str = "auto",
     shares: int | None = None,
     workers: int | None = None,
@@ -63,6 +64,7 @@ def attention(
     fresh: bool = False,
     out_dtype: str | None = None,
     lse: str | os.PathLike[str] | None = None,
+    progress: bool = False,
     observers: Sequence[Observer] = (),
 ) -> Any:
     """Compute exact attention of arrays that need not fit in memory; the arguments are those of torch's SDPA, and more.
@@ -84,25 +86,27 @@ def attention(
     ``queries=(a, b)`` computes only those rows. ``scale``: 1 / sqrt(head_dim) where None.
 
     ``out=None`` returns a tensor. ``out=path`` writes a Zarr v3 array, durably: progress is kept in ``run_dir``
-    (``OUT.run`` where None) every ``checkpoint_every_s`` seconds (60), the same call resumes, and the opened
-    ``tensorstore.TensorStore`` is returned. ``lse``: a path for the log-sum-exp; in the run directory where None.
+    (``OUT.run`` where None) every ``checkpoint_every_s`` (60 seconds, or "5m", "1h"), the same call resumes, and the
+    opened ``tensorstore.TensorStore`` is returned. ``lse``: a path for the log-sum-exp; by default in ``run_dir``.
     ``fresh`` discards the earlier run of this output.
     ``return_lse`` returns (output, lse [batch, heads, rows] float32). ``out_dtype``: the inputs' where None.
     ``fill_missing`` reads missing stored chunks as the fill value.
 
-    ``device_memory``, ``host_memory``: bytes or "4GiB"; None takes 80 % of what is free, or what the run's last session
-    had. ``schedule``: "auto", "cqs" or "rectangular". ``chunks``: c, a Singer number where queries and keys are the
+    ``device_memory``, ``host_memory``: bytes, "4GiB", or "4G", which is 4e9 bytes; None takes 80 % of what is free, or
+    what the run's last session had. ``schedule``: "auto", "cqs" or "rectangular". ``chunks``: c, a Singer number where
+    queries and keys are the
     same positions. ``kernel``: "auto", or to compare one of our own in float32: "online", on CUDA also "cupy".
     ``shares``: into how many the tasks are dealt, which fixes the result's bits; ``workers``: processes that compute
     them at the same time, of inputs that have a path, within ``host_memory`` together; by default one, or one for each
     device of "cuda" (all) or "cuda:0,2". ``executor="ray"``: actors of the cluster at ``address``, or of one of their
     own, each with a ``host_memory`` of its own.
+    ``progress`` draws a bar, in a notebook one of its own.
     ``observers`` are called with each event (``cqsa_stream.events``); one that raises is told no more.
 
     Raises InputError, BudgetError, LockedError, MismatchError, ArrayError, FullDiskError or NoMemoryError; RunStopped
     at ``max_seconds``; with ``out``, in the main thread, RunInterrupted at Ctrl-C, KeyboardInterrupt at the second.
     """
-    words, observers = locals(), checked(observers)
+    words, observers = locals(), (*shown(progress), *checked(observers))
     stop = Stopper(() if out is None else (signal.SIGINT,))
     command = _command(words)
     if command.target is None:
@@ -130,14 +134,16 @@ def _taking_the_arguments_of(
 
 @_taking_the_arguments_of(attention)
 def plan(*args: Any, **options: Any) -> Plan:
-    """Return what ``attention`` with the same arguments would do and need in a new run, reading nothing but shapes.
+    """Return what ``attention`` with the same arguments would do and need, reading nothing but shapes.
 
-    The plan may be over budget: see its ``fits``. Print it, or take its ``to_dict()``. Raises InputError, ArrayError.
+    A ``cqsa.Shape`` stands for an array that is not there yet. Where the run of ``out`` has begun, the plan is that of
+    its continuation, and its ``begun`` says what is done. The plan may be over budget: see its ``fits``. Print it, or
+    take its ``to_dict()``. Raises InputError, ArrayError; MismatchError where another run has begun there.
     """
     call = inspect.signature(attention).bind(*args, **options)
     call.apply_defaults()
     checked(call.arguments["observers"])
-    return planned(_command({**call.arguments, "fresh": True}))
+    return planned(_command(call.arguments))
 
 
 def _command(words: Mapping[str, Any]) -> Command:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from cqsa_stream.command import Command, Target
@@ -47,16 +48,22 @@ _FILE_TOKENS = 16_384  # 4 MiB of float32
 _FILES = 32
 _RUN: dict[str, Any] = {"tokens": 4_096, "heads": 8, "head_dim": 64, "dtype": "float32"}
 _RUNS = 5
+_LOOK_S, _BUSY = 0.5, 20.0  # seconds; % of all processors
 _NOTHING = 1e-9
 
 
 @returning_freed_memory()
-def measure(device: Device, folder: Path) -> Calibration:
+def measure(device: Device, folder: Path, say: Callable[[str], object] = lambda _: None) -> Calibration:
     """Measure the kernels of a device, and the disk that holds ``folder``: under a minute. Raises OSError.
 
     What a block and a file cost besides shows in short runs: it is by what they take longer than was predicted.
+    ``say`` is told each stage, and where other processes use the processor.
     """
+    if (busy := psutil.cpu_percent(_LOOK_S)) > _BUSY:
+        say(f"other processes use {busy:.0f} % of the processor; the figures will be too slow: bench again later")
+    say(f"kernels of {device} (1 of 3)")
     tiles = _all_times(device)
+    say(f"disk and memory of {folder} (2 of 3)")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".cqsa-bench-") as temporary:
         speeds = Speeds(
             stage_bytes_per_s=_staging(device),
@@ -66,6 +73,7 @@ def measure(device: Device, folder: Path) -> Calibration:
             **_writing(Path(temporary)),
             **_reading(Path(temporary)),
         )
+        say("short runs (3 of 3)")
         arrays = open_inputs(*generate(Path(temporary) / "inputs", **_RUN))
         full, causal = (
             Problem.of(arrays["query"], arrays["key"], arrays["value"], rule=rule) for rule in (FULL, CAUSAL)

@@ -4,6 +4,7 @@ A command holds what is computed (the problem), of which arrays, how (the option
 target). What comes after it takes these values as they are.
 """
 
+import logging
 import operator
 import os
 import re
@@ -27,8 +28,11 @@ from cqsa_stream.storage.open import TokenArray
 
 __all__ = ["Command", "Target", "local_path", "parse_queries", "parse_window"]
 
+_SMALL_BYTES = 1 << 20  # no budget is so small: the unit is missing
 _MOST_NAME_BYTES = 240  # what is written beside a file, and made of its name, is longer
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # a Path has made one slash of two
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Command:
         """
         _refuse_what_cannot_be(words)
         options = Options(**{field.name: words.get(field.name) for field in fields(Options)})
+        _warn_of_sizes_without_unit(words)
         reading = {name: words[name] for name in ("fill_missing", "layout")}
         out, places = words["out"], (words["run_dir"], words["lse"])
         target = None if out is None else Target.of(out, *places, fresh=words["fresh"], **reading)
@@ -158,7 +163,7 @@ def parse_queries(queries: Any) -> Any:
         return queries
     match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", queries, re.ASCII)
     if match is None:
-        raise InputError(f"--queries {queries!r}; expected A:B, as 0:4096")
+        raise InputError(f"queries {queries!r}; expected A:B, as 0:4096")
     return int(match[1]), int(match[2])
 
 
@@ -178,6 +183,13 @@ def _refuse_what_cannot_be(words: Mapping[str, Any]) -> None:
         flag = words.get(name, False)
         if not isinstance(flag, bool | np.bool_):
             raise InputError(f"{name} {flag!r}; expected True or False")
+
+
+def _warn_of_sizes_without_unit(words: Mapping[str, Any]) -> None:
+    for name in ("device_memory", "host_memory"):
+        size = str(words.get(name)).strip()
+        if size.isdigit() and int(size) < _SMALL_BYTES:
+            _log.warning('%s=%s is %s bytes; sizes take a unit, as "%sMiB"', name, size, size, size)
 
 
 def _place(path: str | os.PathLike[str]) -> Path:

@@ -1,7 +1,7 @@
 """What a run tells its observers. The engine emits these and never prints."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Checkpointed", "Ended", "Event", "Figures", "Observer", "Progressed", "Span", "Started"]
@@ -11,6 +11,8 @@ __all__ = ["Checkpointed", "Ended", "Event", "Figures", "Observer", "Progressed"
 class Figures:
     """Where a run stands. ``*_done`` of all sessions; seconds, bytes and ``session_flops`` of this one.
 
+    ``kernel_s``, ``copy_s``, ``read_s`` and ``write_s``: how long this session's kernels, copies to the device, readers
+    (all of them) and writers were busy, side by side.
     ``device_peak_bytes``: the growth of what torch's allocator holds; ``device_driver_peak_bytes``: the most that the
     driver said this process holds, when it was asked; ``device_reserved_bytes``: the most of it that was not torch's,
     but the context's and libraries'. Both 0 where the driver does not tell.
@@ -31,6 +33,16 @@ class Figures:
     device_driver_peak_bytes: int
     device_reserved_bytes: int
     host_peak_bytes: int
+    kernel_s: float = 0.0
+    copy_s: float = 0.0
+    read_s: float = 0.0
+    write_s: float = 0.0
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Which part of this session each stage was busy: the one near 1 is what limits."""
+        stages = {"compute": self.kernel_s, "bus": self.copy_s, "disk reads": self.read_s, "disk writes": self.write_s}
+        return {name: min(1.0, seconds / max(self.session_s, 1e-9)) for name, seconds in stages.items()}
 
     def measured(self) -> dict[str, float]:
         """Return what a plan predicts too."""
@@ -54,11 +66,14 @@ class Figures:
 
 @dataclass(frozen=True)
 class Started:
-    """A session begins: ``problem`` in a line, ``plan`` as ``Plan.to_dict`` gives it."""
+    """A session begins: ``problem`` in a line, ``plan`` as ``Plan.to_dict`` gives it, and what is ``predicted`` of this
+    session: of what is left.
+    """
 
     problem: str
     plan: dict[str, Any]
     figures: Figures
+    predicted: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Ended:
-    """The session is over: ``"done"``, or why it stopped. ``predicted``: of a whole run; ``measured``: this session;
+    """The session is over: ``"done"``, or why it stopped. ``predicted`` and ``measured``: of this session;
     ``spans``: what it did when, the first thousands of spans of threads and of the device.
     """
 
@@ -101,6 +116,11 @@ class Ended:
     predicted: dict[str, float]
     measured: dict[str, float]
     spans: tuple[Span, ...] = ()
+
+    @property
+    def why(self) -> str:
+        """The reason as one tells it."""
+        return self.reason.removeprefix("RunStopped: ").removeprefix("RunInterrupted: ")
 
 
 Event = Started | Progressed | Checkpointed | Ended

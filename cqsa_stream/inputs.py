@@ -29,7 +29,7 @@ def open_inputs(
     if len(shape) == 4 and shape[1] > shape[2] > 1:
         _log.warning(
             "key: %d heads of %d tokens, by its shape %s. Axes are [batch, head, token, feature]; arrays of "
-            "flash-attention have tokens before heads: take --layout bthd, or layout=\"bthd\"",
+            "flash-attention have tokens before heads: take layout=\"bthd\"",
             shape[1], shape[2], tuple(shape),
         )  # fmt: skip
     return arrays

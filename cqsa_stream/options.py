@@ -11,6 +11,7 @@ from cqsa_stream.machine.budgets import free_budgets, parse_size
 from cqsa_stream.machine.calibration import load
 from cqsa_stream.machine.device import ALL, Device, device_of, devices_of
 from cqsa_stream.problem import Problem
+from cqsa_stream.schedulers import units
 from cqsa_stream.schedulers.quorums import quorum_size
 from cqsa_stream.schedulers.schedules import AUTO, SCHEDULES
 from cqsa_stream.schedulers.search import MOST_CHUNKS
@@ -30,9 +31,9 @@ _SHARES_OF_A_WORKER = 4  # so that those who are done first can take what is lef
 class Options:
     """How to run, as opposed to what: none of it changes the result beyond rounding. None: not named by the user.
 
-    Sizes are bytes, or text as "4GiB"; after the making they are bytes, and times are float. ``workers`` and
-    ``executor``: how many processes, and who places them; ``address`` of the cluster. Local workers share the memory of
-    their machine: ``host_memory`` is that of all of them.
+    Sizes are bytes, or text as "4GiB", and times seconds, or text as "5m"; after the making they are numbers.
+    ``workers`` and ``executor``: how many processes, and who places them; ``address`` of the cluster. Local workers
+    share the memory of their machine: ``host_memory`` is that of all of them.
     """
 
     device: str | None = None
@@ -40,8 +41,8 @@ class Options:
     host_memory: int | str | None = None
     schedule: str | None = None
     chunks: int | None = None
-    checkpoint_every_s: float | None = None
-    max_seconds: float | None = None
+    checkpoint_every_s: float | str | None = None
+    max_seconds: float | str | None = None
     kernel: str | None = None
     shares: int | None = None
     workers: int | None = None
@@ -65,12 +66,9 @@ class Options:
         if self.shares == 1 and ((self.workers or 1) > 1 or self.executor == "ray"):
             raise InputError("shares 1: only one worker could compute; name a few for each worker, or none")
         if self.address is not None and self.executor != "ray":
-            raise InputError(f"address {self.address!r}: only executor ray has one; expected --executor ray with it")
+            raise InputError(f'address {self.address!r}: only executor ray has one; expected executor="ray" with it')
         for name in ("checkpoint_every_s", "max_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (is_finite(value) and value >= 0):
-                raise InputError(f"{name} {value!r}; expected seconds, at least 0")
-            self._set(name, value if value is None else float(value))
+            self._set(name, _seconds(name, getattr(self, name)))
         for name in ("device_memory", "host_memory"):
             self._set(name, parse_size(getattr(self, name), name))
 
@@ -125,7 +123,12 @@ class Options:
     @property
     def interval_s(self) -> float:
         """Seconds between checkpoints."""
-        return CHECKPOINT_EVERY_S if self.checkpoint_every_s is None else self.checkpoint_every_s
+        return CHECKPOINT_EVERY_S if self.checkpoint_every_s is None else float(self.checkpoint_every_s)
+
+    @property
+    def limit_s(self) -> float | None:
+        """Seconds after which a run stops; None: it does not for the time."""
+        return None if self.max_seconds is None else float(self.max_seconds)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -145,3 +148,14 @@ class Options:
         width, stored = max(problem.head_dim, problem.value_dim), getattr(torch, problem.dtype)
         terms = problem.terms.of_kernels
         return chosen(device.torch, stored, self.kernel, load(device), problem.group * rows, columns, width, terms)
+
+
+def _seconds(name: str, value: float | str | None) -> float | None:
+    """Return seconds from a number or from "90", "5m", "1h". Raises InputError."""
+    try:
+        value = units.parse_duration(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise InputError(f"{name} {value!r}: {error}") from error
+    if value is not None and not (is_finite(value) and value >= 0):
+        raise InputError(f'{name} {value!r}; expected seconds, at least 0, or text as "5m" or "1h"')
+    return None if value is None else float(value)

@@ -54,7 +54,7 @@ def plan_run(
     dealt = shares or options.dealt if durable else 1
     device, stored = device_of(options.device or "auto"), getattr(torch, problem.dtype)
     if problem.dtype == "float64" and device.habits.own_memory:
-        raise InputError(f"float64 arrays on {device}: take --device cpu, or convert them to float32")
+        raise InputError(f'float64 arrays on {device}: take device="cpu", or convert them to float32')
 
     def asked(options: Options, choice: KernelChoice) -> tuple[Request, Machine]:
         kernel = kernel_of(choice, device.torch, stored)
@@ -73,7 +73,7 @@ def plan_run(
         if plan is None and not alone:
             raise BudgetError(
                 "the plan by which the run began does not fit this worker, or it is none of this device: allow as much "
-                "memory as it began with, or begin anew with less (--fresh)"
+                "memory as it began with, or begin anew with less (fresh=True)"
             )
         if plan is None:
             _log.warning("what the last session chose does not fit any more; the run is planned anew")
@@ -81,7 +81,9 @@ def plan_run(
         plan = plan or make_plan(*asked(options, options.kernel_choice(device, problem)))
     except ValueError as error:
         raise InputError(str(error)) from error
-    return replace(plan, about=str(problem), shares=dealt), device
+    about = str(problem)
+    candidates = tuple(replace(candidate, about=about) for candidate in plan.candidates)
+    return replace(plan, about=about, shares=dealt, candidates=candidates), device
 
 
 def _request(
@@ -124,7 +126,7 @@ def refuse_over_budget(plan: Plan) -> None:
     host, device = -(-plan.least.host_bytes // 2**20), -(-plan.least.device_bytes // 2**20)
     allowed = plan.host_allowed_bytes / 2**20
     lines = [
-        f"no plan fits: host memory {allowed:.1f} MiB allowed; the smallest that would do: --host-memory {host}MiB"
+        f'no plan fits: host memory {allowed:.1f} MiB allowed; the smallest that would do: host_memory="{host}MiB"'
     ]
     if plan.crew is not None and plan.crew.workers > 1:
         lines = [
@@ -132,7 +134,7 @@ def refuse_over_budget(plan: Plan) -> None:
             f"that would do: {host} MiB for each"
         ]
     if plan.device_allowed_bytes is not None:
-        lines.append(f"device memory {plan.device_allowed_bytes / 2**20:.1f} MiB allowed; --device-memory {device}MiB")
+        lines.append(f'device memory {plan.device_allowed_bytes / 2**20:.1f} MiB allowed; device_memory="{device}MiB"')
     if plan.least.pageable["output"]:
         lines.append("the output stays in memory: name a path for it (out) to need less")
     raise BudgetError("; ".join(lines))
@@ -144,8 +146,8 @@ def refuse_what_is_not_there(plan: Plan) -> None:
         found = f"{pool}: {projected / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free"
         if pool == "disk":
             raise FullDiskError(f"{found}; make room where the output goes, and run the same command again")
-        option = "--" + pool.replace(" ", "-")
-        raise BudgetError(f"{found}; allow less ({option} {int(free * FREE_SHARE) // 2**20}MiB), or free some")
+        option = pool.replace(" ", "_")
+        raise BudgetError(f'{found}; allow less ({option}="{int(free * FREE_SHARE) // 2**20}MiB"), or free some')
 
 
 def _workload(

@@ -1,4 +1,4 @@
-"""A plan: what will be done, what it will hold, move and take; and how it reads on a terminal and as JSON."""
+"""A plan: what will be done, what it will hold, move and take; and how it reads as JSON."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,9 +7,10 @@ from cqsa_stream.schedulers.grid import Grid
 from cqsa_stream.schedulers.model.crew import Crew
 from cqsa_stream.schedulers.model.memory import Footprint, Layout
 from cqsa_stream.schedulers.model.seconds import Cost
+from cqsa_stream.schedulers.plan_text import plan_html, plan_text
 from cqsa_stream.schedulers.schedules import SCHEDULES
 
-__all__ = ["Chosen", "Plan"]
+__all__ = ["Begun", "Chosen", "Plan"]
 
 _MOST_NAMES, _LONGEST_NAME = 64, 100
 
@@ -46,6 +47,16 @@ def _is_sizes(fields: dict[Any, Any], inner: bool = False) -> bool:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """What is on disk of a run that a plan would continue: pairs, and their operations; ``flops_total`` of all."""
+
+    pairs_done: int
+    pairs_total: int
+    flops_done: int
+    flops_total: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """A schedule over a grid, with what it will hold, move and take. Sizes in bytes, times in seconds.
 
@@ -54,7 +65,8 @@ class Plan:
     besides; None where that is not known.
     ``scores``: those of one head that are visible. ``shares``: into how many the tasks are dealt, and ``crew``: what
     the workers take that compute them; the footprint is that of each, its disk that of all. ``candidates``: the best
-    plan of each schedule weighed. ``about``: the problem, in a line.
+    plan of each schedule weighed. ``about``: the problem, in a line. ``calibrated``: whether the seconds rest on what
+    ``cqsa bench`` measured here. ``begun``: what is done already of the run that it would continue.
     """
 
     schedule: str
@@ -79,6 +91,14 @@ class Plan:
     crew: Crew | None = None
     candidates: tuple["Plan", ...] = ()
     about: str = ""
+    calibrated: bool = False
+    begun: Begun | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        """The seconds of what is not done yet, of all where nothing has begun."""
+        done = 0.0 if self.begun is None else self.begun.flops_done / max(1, self.begun.flops_total)
+        return self.cost.seconds * (1 - done)
 
     @property
     def chosen(self) -> Chosen:
@@ -107,13 +127,13 @@ class Plan:
         )
         return [(name, projected, free) for name, projected, free in pools if free is not None and projected > free]
 
-    def predicted(self) -> dict[str, float]:
-        """Return the figures that a run measures too, of all workers together."""
+    def predicted(self, left: float = 1.0) -> dict[str, float]:
+        """Return the figures that a session measures too, of all workers, where so much of the work is left."""
         workers = 1 if self.crew is None else self.crew.workers
         return {
-            "seconds": self.cost.seconds,
-            "bytes_read": self.cost.bytes_read,
-            "bytes_written": self.cost.bytes_written,
+            "seconds": self.cost.seconds * left,
+            "bytes_read": round(self.cost.bytes_read * left),
+            "bytes_written": round(self.cost.bytes_written * left),
             "host_bytes": workers * self.footprint.host_bytes,
             "device_bytes": workers * self.footprint.device_bytes,
         }
@@ -122,6 +142,7 @@ class Plan:
         """Return what ``cqsa plan --json`` prints."""
         held, kind = self.footprint, SCHEDULES[self.schedule]
         described = {
+            "about": self.about,
             "schedule": self.schedule,
             "chunks": self.grid.rows.chunks,
             "chunk_tokens": self.grid.rows.chunk_tokens,
@@ -136,6 +157,7 @@ class Plan:
             "workers": 1 if self.crew is None else self.crew.workers,
             "crew": None if self.crew is None else asdict(self.crew),
             "pairs": self.pairs,
+            "mask": str(self.grid.mask),
             "scores": self.scores,
             "density": self.density,
             "layout": asdict(self.layout),
@@ -160,6 +182,10 @@ class Plan:
             "checkpoints": self.cost.checkpoints,
             "flops": self.flops,
             "seconds": self.cost.seconds,
+            "seconds_left": self.seconds_left,
+            "calibrated": self.calibrated,
+            "begun": None if self.begun is None else asdict(self.begun),
+            "lacking": [list(pool) for pool in self.lacking()],
             "streams_s": {
                 "kernel": self.cost.kernel_s,
                 "compute": self.cost.compute_s,
@@ -172,97 +198,9 @@ class Plan:
         return described
 
     def __str__(self) -> str:
-        """Describe the plan, its pools, and the candidates side by side, the chosen one marked."""
-        return _described(self)
+        """Say whether the plan fits, what it takes, and the candidates side by side."""
+        return plan_text(self.to_dict())
 
-
-def _described(plan: Plan) -> str:
-    """Describe a plan, its pools, and the candidates side by side, the chosen one marked."""
-    rows = plan.grid.rows
-    lines = [
-        *([plan.about, ""] if plan.about else []),
-        f"schedule   {plan.schedule}: {plan.tasks} tasks of {plan.layout.rows_per_task} row chunks",
-        f"grid       {rows.chunks} chunks of {rows.chunk_tokens} tokens, {plan.pairs} pairs, "
-        f"{plan.flops / 1e12:,.3f} TFLOP",
-        f"mask       {plan.grid.mask}: {100 * plan.density:.3g} % of the scores are visible",
-        *_crew(plan.crew),
-        "",
-        *_columns([("memory", "projected", "reserved", "allowed", "free", ""), *_pools(plan)]),
-        "",
-        *_columns([("candidate", "chunks", "host", "device", "read", "written", "spills", "time", ""), *_rows(plan)]),
-    ]
-    for name, projected, free in plan.lacking():
-        lines.append(f"{name}: {_size(projected)} needed, {_size(free)} free")
-    if not plan.fits:
-        device = f", device {_size(plan.least.device_bytes)}" if plan.device_allowed_bytes is not None else ""
-        lines.append(f"the smallest that would do: host {_size(plan.least.host_bytes)}{device}")
-    return "\n".join(lines)
-
-
-def _crew(crew: Crew | None) -> list[str]:
-    """Describe the workers, what they merge, and when the disk is their limit."""
-    if crew is None:
-        return []
-    merge = f"{_size(crew.merge_bytes)} in {crew.merge_s:,.1f} s" if crew.merge_bytes else "nothing"
-    limit = f"a disk that all share is the limit from {crew.disk_limits_at} workers on"
-    if crew.workers >= crew.disk_limits_at:
-        limit = f"the disk is the limit where all share one, as from {crew.disk_limits_at} workers on"
-    return [
-        f"workers    {crew.workers} for {crew.shares} shares: each reads {_size(crew.bytes_read_each)} and holds "
-        f"{_size(crew.host_bytes_each)}",
-        f"merge      {merge}; {limit}",
-    ]
-
-
-def _pools(plan: Plan) -> list[tuple[str, ...]]:
-    held, over = plan.footprint, "OVER BUDGET"
-    pools: list[tuple[str, ...]] = []
-    if plan.device_allowed_bytes is not None:
-        pools.append(
-            ("device", _size(held.device_bytes), _size(plan.device_reserved_bytes),
-             _size(plan.device_allowed_bytes), _size(plan.device_free_bytes),
-             over if held.device_bytes > plan.device_allowed_bytes else "")
-        )  # fmt: skip
-    pools.append(
-        ("host", _size(held.host_bytes), _size(held.pageable["reserved"]), _size(plan.host_allowed_bytes),
-         _size(plan.host_free_bytes), over if held.host_bytes > plan.host_allowed_bytes else "")
-    )  # fmt: skip
-    if held.pinned:
-        pools.append(("  pinned", _size(sum(held.pinned.values())), "", "", "", ""))
-    if held.disk:
-        pools.append(("disk", _size(held.disk_bytes), "", "", _size(plan.disk_free_bytes), ""))
-    return pools
-
-
-def _rows(shown: Plan) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for plan in shown.candidates or (shown,):
-        chosen = plan.schedule == shown.schedule
-        verdict = "OVER BUDGET" if not plan.fits else "chosen" if chosen else ""
-        rows.append(
-            (f"{'*' if chosen else ' '} {plan.schedule}", str(plan.grid.rows.chunks),
-             _size(plan.footprint.host_bytes), _size(plan.footprint.device_bytes or None),
-             _size(plan.cost.bytes_read), _size(plan.cost.bytes_written), str(plan.cost.spills),
-             f"{plan.cost.seconds:,.1f} s", verdict)
-        )  # fmt: skip
-    return rows
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return "-"
-    return f"{count / 2**30:,.2f} GiB" if count >= 10 * 2**30 else f"{count / 2**20:,.1f} MiB"
-
-
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    """Align a table: the first and last columns to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    last = len(widths) - 1
-    lines = (
-        "  ".join(
-            text.ljust(width) if i in (0, last) else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return [line.rstrip() for line in lines]
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook."""
+        return plan_html(self.to_dict())

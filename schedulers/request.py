@@ -23,7 +23,7 @@ class Machine:
     at which a run can stop. ``turn``: rows of a call that keep all processors of the device busy to its end, as do
     multiples of it. ``host_reserved_bytes`` are the libraries' own, counted in the budget;
     ``device_reserved_bytes``, the driver's own and its libraries', are held besides it. What is None is not there, or
-    not known.
+    not known. ``calibrated``: whether ``rates`` were measured here by ``cqsa bench``.
     """
 
     kernel: str
@@ -42,6 +42,7 @@ class Machine:
     host_free_bytes: int | None = None
     host_total_bytes: int | None = None
     disk_free_bytes: int | None = None
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)

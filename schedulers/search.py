@@ -187,6 +187,7 @@ class _Search:
             device_reserved_bytes=machine.device_reserved_bytes,
             host_free_bytes=machine.host_free_bytes,
             disk_free_bytes=machine.disk_free_bytes,
+            calibrated=machine.calibrated,
         )
 
     def _cost(

@@ -15,6 +15,7 @@ from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.readers.locations import is_url, kvstore, local_name, without_secrets
 from cqsa_stream.storage.readers.memory import MemoryArray, refuse_special
 from cqsa_stream.storage.readers.plain import RawArray
+from cqsa_stream.storage.readers.shape import Shape
 from cqsa_stream.storage.readers.single_files import open_memmap, open_npy, open_plain, open_safetensors, refuse_lengths
 from cqsa_stream.storage.readers.token_major import token_major
 from cqsa_stream.storage.readers.zarr_plain import raw_zarr
@@ -35,6 +36,8 @@ def open_array(source: Any, *, fill_missing: bool = False, layout: str = "bhtd")
     if layout not in LAYOUTS:
         raise ArrayError(f"layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
     how = _How(fill_missing=fill_missing, token_major=layout == "bthd")
+    if isinstance(source, Shape):
+        return source
     if isinstance(source, str | os.PathLike):
         return _open_named(str(source) if isinstance(source, str | Path) else os.fsdecode(source), how)
     if isinstance(source, np.ndarray):

@@ -286,7 +286,7 @@ STORED = ["zarr v2 raw", "zarr v2 zstd", "zarr v3 raw", "zarr v3 zstd", "tensors
 def test_a_missing_chunk_is_named(name: str, tmp_path: Path) -> None:
     path = FORMATS[name][0](tmp_path, numbers("float32"))
     chunk_files(path)[5].unlink()
-    with pytest.raises(ArrayError, match=r"missing.*--fill-missing"):
+    with pytest.raises(ArrayError, match=r"missing.*fill_missing=True"):
         open_array(path).check()
     filled = open_array(path, fill_missing=True)
     filled.check()
@@ -351,7 +351,7 @@ def test_a_missing_chunk_is_refused_in_reading_too(name: str, tmp_path: Path) ->
     else:
         empty = zarr.create_array({}, shape=SHAPE, chunks=(1, 1, 30, 8), dtype="float32")
         empty[:, :, :90] = 1
-        with pytest.raises(ArrayError, match=r"6 stored chunks are missing.*--fill-missing"):
+        with pytest.raises(ArrayError, match=r"6 stored chunks are missing.*fill_missing=True"):
             open_array(empty).check()
 
 

@@ -217,7 +217,7 @@ def test_bthd_is_flash_attentions_layout(tmp_path: Path, caplog: pytest.LogCaptu
     status = run.status()
     assert status["measured"]["bytes_read"] == status["predicted"]["bytes_read"]
     cqsa.plan(turned[0], turned[1], turned[2], enable_gqa=True)
-    assert "layout bthd" in caplog.text
+    assert 'layout="bthd"' in caplog.text
     caplog.clear()
     cqsa.attention(torch.randn(1, 8, 1, 16), torch.randn(1, 8, 64, 16), torch.randn(1, 8, 64, 16))
     assert not caplog.records, "one query of many heads is no sign of another layout"
@@ -460,7 +460,7 @@ def test_a_url_in_a_run_directory_is_fetched_only_when_asked(served: str, tmp_pa
     cqsa.attention(*urls, out=tmp_path / "out")
     run = cqsa.open_run(tmp_path / "out.run")
     for act in (run.verify, run.resume):
-        with pytest.raises(cqsa.InputError, match="--fetch"):
+        with pytest.raises(cqsa.InputError, match="fetch=True"):
             act()
     assert run.verify(rows=20, fetch=True).ok
     assert run.resume(fetch=True).status()["complete"]

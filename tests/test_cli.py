@@ -46,7 +46,8 @@ def test_the_main_path(cli: Cli, tmp_path: Path) -> None:
     ran = cli("run", *QKV, "o.zarr", "--causal", "--json", "--quiet")
     assert ran.returncode == 0, ran.stderr
     events = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert (events[0]["type"], events[-1]["type"], events[-1]["reason"]) == ("started", "ended", "done")
+    assert (events[0]["type"], events[-2]["type"], events[-2]["reason"]) == ("started", "ended", "done")
+    assert (events[-1]["type"], events[-1]["complete"], events[-1]["shape"]) == ("result", True, [1, 4, 300, 16])
 
     status = json.loads(cli("status", "o.zarr.run", "--json").stdout)
     assert status["complete"]
@@ -93,7 +94,7 @@ BAD_INPUT: list[tuple[str, Callable[[Path], object], tuple[object, ...], str]] =
     ("output is an input", lambda d: None, (*QKV, "d/k.zarr"), "overlaps"),
     ("output in an input", lambda d: None, (*QKV, "d/k.zarr/o"), "overlaps"),
     ("input in the output", lambda d: None, (*QKV, "d"), "overlaps"),
-    ("negative size", lambda d: None, (*QKV, "o", "--host-memory=-4"), "host_memory"),
+    ("negative size", lambda d: None, (*QKV, "o", "--host-memory=-4"), "--host-memory"),
     ("unreadable size", lambda d: None, (*QKV, "o", "--host-memory", "4 apples"), "4GiB"),
     ("no such device", lambda d: None, (*QKV, "o", "--device", "cuda:7"), "CUDA devices"),
     ("no device name", lambda d: None, (*QKV, "o", "--device", "tpu"), "cuda:<number>"),
@@ -106,7 +107,7 @@ BAD_INPUT: list[tuple[str, Callable[[Path], object], tuple[object, ...], str]] =
     ("schedule", lambda d: None, (*QKV, "o", "--schedule", "best"), "rectangular"),
     ("out dtype", lambda d: None, (*QKV, "o", "--out-dtype", "int8"), "int8"),
     ("chunks without end", lambda d: None, (*QKV, "o", "--q-start", "3", "--chunks", "20000000"), "1 to 100000"),
-    ("infinite size", lambda d: None, (*QKV, "o", "--host-memory", "1e400"), "host_memory"),
+    ("infinite size", lambda d: None, (*QKV, "o", "--host-memory", "1e400"), "--host-memory"),
     ("lse is the output", lambda d: None, (*QKV, "o", "--lse", "o"), "overlaps"),
     ("lse in the output", lambda d: None, (*QKV, "o", "--lse", "o/lse"), "overlaps"),
     ("lse is the run", lambda d: None, (*QKV, "o", "--lse", "o.run"), "overlaps"),

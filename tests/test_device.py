@@ -36,7 +36,7 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
         device_of("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of("auto") == Host()
-    with pytest.raises(InputError, match="0 CUDA devices; take --device cpu"):
+    with pytest.raises(InputError, match='0 CUDA devices; take device="cpu"'):
         device_of("cuda")
     for name in ("", "CPU", "cuda:", "cuda:x", "cpu:0", "mps", "cuda:0 "):
         with pytest.raises(InputError, match="expected auto, cpu, cuda"):

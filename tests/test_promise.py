@@ -48,7 +48,7 @@ def test_what_the_machine_has_not_got_is_refused() -> None:
     plan = make_plan(request(60_000), dataclasses.replace(MACHINE, host_free_bytes=2**30, disk_free_bytes=2**40))
     refuse_what_is_not_there(plan)
     held = plan.footprint
-    with pytest.raises(BudgetError, match=r"host memory: .* MiB needed, 10.0 MiB free; allow less \(--host-memory"):
+    with pytest.raises(BudgetError, match=r"host memory: .* MiB needed, 10.0 MiB free; allow less \(host_memory="):
         refuse_what_is_not_there(dataclasses.replace(plan, host_free_bytes=10 * MIB))
     with pytest.raises(FullDiskError, match=f"disk: {held.disk_bytes / MIB:.1f} MiB needed, 1.0 MiB free"):
         refuse_what_is_not_there(dataclasses.replace(plan, disk_free_bytes=MIB))
@@ -69,7 +69,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(cli: Cli, monkeypat
 def test_prediction_stands_beside_measurement(cli: Cli) -> None:
     assert cli("generate", "d", "--tokens", 3000, "--heads", 1, "--head-dim", 16).returncode == 0
     done = cli("run", *INPUTS, "o", "--device", "cpu")
-    assert "predicted    measured" in done.stderr
+    assert "measured (predicted): took" in done.stderr
     status = json.loads(cli("status", "o.run", "--json").stdout)
     assert set(status["predicted"]) == set(status["measured"])
     assert status["predicted"]["bytes_read"] == status["measured"]["bytes_read"] > 0

@@ -9,6 +9,7 @@ import psutil
 
 from cqsa_stream.engine.sinks import Sink
 from cqsa_stream.engine.stores import Store
+from cqsa_stream.engine.timeline import Timeline
 from cqsa_stream.events import Figures
 from cqsa_stream.machine.device import Device
 from cqsa_stream.problem import Problem
@@ -99,8 +100,15 @@ class Meter:
         self._held_before = device.held_bytes()
         self._driver_highest = self._reserved = 0
         self._session_flops = 0
+        self._timeline: Timeline | None = None
+        self._readers = 1
         self._others: dict[str, int] = dict.fromkeys(_MOVED, 0)
         self.restart([])
+
+    def timing(self, timeline: Timeline, readers: int) -> "Meter":
+        """Tell how busy the stages were, too, so many readers at a time."""
+        self._timeline, self._readers = timeline, readers
+        return self
 
     def since(self, host: HostPeak) -> "Meter":
         """Count the growth of host memory from an earlier moment on."""
@@ -131,7 +139,7 @@ class Meter:
         self._progress.row_finished(row)
 
     def figures(self) -> Figures:
-        done = self._progress
+        done, busy = self._progress, self._timeline.busy_s if self._timeline else lambda _: 0.0
         self._ask_the_driver()
         others = self._others
         return Figures(
@@ -150,6 +158,10 @@ class Meter:
             device_driver_peak_bytes=self._driver_highest,
             device_reserved_bytes=self._reserved,
             host_peak_bytes=self._host.bytes() + others["host_peak_bytes"],
+            kernel_s=busy("kernel"),
+            copy_s=busy("copy"),
+            read_s=busy("read") / self._readers,
+            write_s=busy("write") + busy("commit"),
         )
 
     def _ask_the_driver(self) -> None:

@@ -2,7 +2,8 @@
 
 Spans of threads are taken by the clock. Those of a device are between events of its streams, which are read when all is
 done: nothing waits for them. A session keeps its first spans, so that a long one does not grow: few where kernels
-compute in host memory, which is planned to the MiB.
+compute in host memory, which is planned to the MiB. The seconds of each kind are summed up beyond them: of a device as
+far as its spans are kept.
 """
 
 import threading
@@ -31,6 +32,9 @@ class Timeline:
         self._device_start_s = time.monotonic() - self._start
         self._spans: list[Span] = []
         self._on_device: list[tuple[str, str, Tick, Tick]] = []
+        self._seconds: dict[str, float] = {}
+        self._summed = 0  # of those on the device
+        self._adding = threading.Lock()
 
     @contextmanager
     def span(self, kind: str, about: str = "") -> Iterator[None]:
@@ -40,6 +44,7 @@ class Timeline:
             yield
         finally:
             stop = time.monotonic()
+            self._add(kind, stop - start)
             if stop - start > _SHOWN_S and len(self._spans) < self._most:
                 where = threading.current_thread().name
                 self._spans.append(Span(kind, where, start - self._start, stop - self._start, about))
@@ -47,12 +52,31 @@ class Timeline:
     @contextmanager
     def on_device(self, kind: str, about: str = "") -> Iterator[None]:
         """Record when the device does what is issued inside on the current stream."""
-        if len(self._on_device) >= self._most:
+        kept, at_once = len(self._on_device) < self._most, not self._device.habits.own_memory
+        if not kept and not at_once:
             yield
             return
         start = self._device.tick()
         yield
-        self._on_device.append((kind, about, start, self._device.tick()))
+        stop = self._device.tick()
+        if kept:
+            self._on_device.append((kind, about, start, stop))
+        if at_once:
+            self._add(kind, self._device.between_s(start, stop))
+
+    def busy_s(self, kind: str) -> float:
+        """Return the seconds of a kind so far, of all threads together; without waiting for the device."""
+        while self._device.habits.own_memory and self._summed < len(self._on_device):
+            of, _, start, stop = self._on_device[self._summed]
+            if not self._device.has_passed(stop):
+                break
+            self._add(of, self._device.between_s(start, stop))
+            self._summed += 1
+        return self._seconds.get(kind, 0.0)
+
+    def _add(self, kind: str, seconds: float) -> None:
+        with self._adding:
+            self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
 
     def spans(self) -> tuple[Span, ...]:
         """Return all spans, by their start, once the device is done; those of threads alone where it failed."""

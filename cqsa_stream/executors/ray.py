@@ -139,7 +139,7 @@ def _imported(*, own: bool) -> Iterator[Any]:
     try:
         yield import_module("ray")
     except ImportError as error:
-        raise InputError(f"executor ray: {error}; install cqsa-stream[ray], or take --executor local") from error
+        raise InputError(f'executor ray: {error}; install cqsa-stream[ray], or take executor="local"') from error
     finally:
         for name in said:
             del os.environ[name]

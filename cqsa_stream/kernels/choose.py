@@ -29,9 +29,9 @@ _FASTEST = ("fa4", "torch-cuda")  # of which the faster is taken; other kernels 
 
 
 _NEEDS = {
-    "cupy": "it needs CuPy and a CUDA device; install cqsa-stream[cuda] and take --device cuda",
+    "cupy": 'it needs CuPy and a CUDA device; install cqsa-stream[cuda] and take device="cuda"',
     "fa4": "it needs flash-attn-4, a Hopper GPU, and arrays of 8 or 16 bits; install cqsa-stream[fa4]",
-    "torch-cuda": "it needs a CUDA device, and arrays of 8 or 16 bits; take --device cuda",
+    "torch-cuda": 'it needs a CUDA device, and arrays of 8 or 16 bits; take device="cuda"',
 }
 
 
@@ -92,7 +92,7 @@ def chosen(
         raise InputError(f"kernel {name!r} on {device} does not know {', '.join(terms)}; these do: {can}")
     if not found:
         needs = _NEEDS.get(str(name), "it is none of this device")
-        raise InputError(f"kernel {name!r} cannot be on {device}: {needs}; or take --kernel auto")
+        raise InputError(f'kernel {name!r} cannot be on {device}: {needs}; or take kernel="auto"')
     operators = {choice.operator: choice for choice in competing(found)}
     dtype = str(kernel_of(found[0], device, stored).abilities.compute_dtype(stored)).removeprefix("torch.")
     fastest = calibration.fastest(dtype, width, tuple(operators), rows, columns) if calibration else None

@@ -1,6 +1,5 @@
 """This machine as the planner sees it: devices, what is free, how fast it is, and the shapes its kernels like."""
 
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from cqsa_stream.kernels.contract import TRIANGLES, Kernel, KernelChoice, Scores
 from cqsa_stream.machine.calibration import load
 from cqsa_stream.machine.device import Device
 from cqsa_stream.problem import Problem
+from cqsa_stream.schedulers import units
 from cqsa_stream.schedulers.model.rates import Rates, TileTimes
 from cqsa_stream.schedulers.request import Machine
 from cqsa_stream.scores import Terms, is_number
@@ -30,23 +30,22 @@ __all__ = [
     "parse_size",
 ]
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _THREAD_BYTES = 1 << 20  # a kernel's scratch for each compute thread
 _CALL_S = 1e-4  # nominal, of a kernel call besides its work
 FREE_SHARE = 0.8
 
 
 def parse_size(size: float | str | None, name: str) -> int | None:
-    """Return bytes from a number or from "4GiB", "512MiB", "4e9". Raises InputError."""
+    """Return bytes from a number or from "4GiB", "512MiB", "4G" (4e9), "4e9". Raises InputError."""
     if size is None:
         return None
     if not isinstance(size, str) and not is_number(size):
         raise InputError(f'{name} {size!r}; expected bytes or a size, as "4GiB" or "512MiB"')
     if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kmgt]i?)?b?\s*", size, re.IGNORECASE)
-        if match is None:
-            raise InputError(f'{name} {size!r}: no size; expected bytes or a number with a unit, as "4GiB" or "512MiB"')
-        size = float(match[1]) * _UNITS[(match[2] or "").lower()]
+        try:
+            size = units.parse_size(size)
+        except ValueError as error:
+            raise InputError(f"{name} {size!r}: {error}") from error
     if not 1 <= size < 2**63:
         raise InputError(f"{name} {size}; expected 1 byte to 8 EiB")
     return int(size)
@@ -93,6 +92,7 @@ def describe(
         host_free_bytes=free,
         host_total_bytes=psutil.virtual_memory().total,
         disk_free_bytes=None if out is None else _free_disk_bytes(out),
+        calibrated=known is not None,
     )
 
 

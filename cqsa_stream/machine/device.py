@@ -111,6 +111,10 @@ class Host:
         """Return the moment at which the work issued on the current stream so far is done, to be read later."""
         return time.monotonic()
 
+    def has_passed(self, tick: Tick) -> bool:
+        """Return whether such a moment is past, without waiting for it."""
+        return True
+
     def between_s(self, first: Tick, last: Tick) -> float:
         """Return the seconds from one such moment to another; both are past."""
         return float(last - first)
@@ -191,6 +195,9 @@ class Cuda:
         event.record()
         return event
 
+    def has_passed(self, tick: Tick) -> bool:
+        return bool(tick.query())
+
     def between_s(self, first: Tick, last: Tick) -> float:
         return float(first.elapsed_time(last)) / 1e3
 
@@ -251,5 +258,5 @@ def device_of(name: str) -> Device:
         return Host()
     count, index = cuda.device_count() if cuda.is_available() else 0, int(match[1] or 0)
     if index >= count:
-        raise InputError(f"device {name!r}: this machine has {count} CUDA devices; take --device cpu")
+        raise InputError(f'device {name!r}: this machine has {count} CUDA devices; take device="cpu"')
     return Cuda(TorchDevice("cuda", index))

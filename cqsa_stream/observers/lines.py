@@ -1,83 +1,105 @@
-"""Plain lines for logs, and the words and tables that the bar prints too."""
+"""The words of progress: lines for logs, the parts of a bar, and what is said at a run's end."""
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import TextIO
 
-from tqdm import tqdm
+from cqsa_stream.events import Ended, Event, Figures, Started
+from cqsa_stream.schedulers.units import amount_text, duration_text, size_text, time_text
 
-from cqsa_stream.events import Checkpointed, Ended, Event, Figures, Progressed, Started
+__all__ = ["PlainLines", "begun_lines", "ended_line", "progress_parts", "share_text", "side_by_side", "stages_text"]
 
-__all__ = ["PlainLines", "figure_lines", "rates", "side_by_side", "status_lines"]
+_COMPARED = (  # of what was predicted and measured: name, label, as text, short
+    ("seconds", "time", duration_text, "took"),
+    ("host_bytes", "peak host memory", size_text, "host"),
+    ("device_bytes", "peak device memory", size_text, "device"),
+    ("bytes_read", "read", size_text, "read"),
+    ("bytes_written", "written", size_text, "wrote"),
+)
 
 
-def rates(figures: Figures) -> str:
-    """Return TFLOP/s and GB/s read of this session, and the time left at its rate."""
+def share_text(figures: Figures) -> str:
+    """Return which part of the work is done: 100% only where all is."""
+    return f"{100 * figures.flops_done // max(1, figures.flops_total):3}%"
+
+
+def progress_parts(figures: Figures) -> list[str]:
+    """Return the times, the rate of computing and that of reading, of this session: the most important first."""
     seconds = max(figures.session_s, 1e-9)
-    eta = "?" if figures.eta_s is None else tqdm.format_interval(figures.eta_s)
-    return (
-        f"{figures.session_flops / seconds / 1e12:.3g} TFLOP/s, read {figures.bytes_read / seconds / 1e9:.3g} GB/s, "
-        f"{eta} left"
-    )
+    return [
+        f"{time_text(figures.session_s)} elapsed, {time_text(figures.eta_s)} left",
+        amount_text(figures.session_flops / seconds, "FLOP/s"),
+        f"read {amount_text(figures.bytes_read / seconds, 'B/s')}",
+    ]
+
+
+def stages_text(figures: Figures) -> str:
+    """Say what limits, and how busy each stage was; nothing where that was not measured."""
+    busy = {name: share for name, share in figures.busy.items() if share >= 0.005}
+    if not busy:
+        return ""
+    most = max(busy, key=lambda name: busy[name])
+    return f"limited by {most}: " + ", ".join(f"{name} {share:.0%} busy" for name, share in busy.items())
+
+
+def begun_lines(event: Started) -> list[str]:
+    """Return the problem, and what is on disk of it already."""
+    figures = event.figures
+    on_disk = f"resuming: {figures.pairs_done:,} of {figures.pairs_total:,} pairs are on disk"
+    return [event.problem, *([on_disk] if figures.pairs_done else [])]
+
+
+def ended_line(event: Ended) -> str:
+    """Say what a session took, and in brackets what was predicted of it."""
+    parts = [
+        f"{short} {text(event.measured.get(name, 0))} ({text(event.predicted[name])})"
+        for name, _, text, short in _COMPARED
+        if event.predicted.get(name)
+    ]
+    return f"measured (predicted): {', '.join(parts)}"
 
 
 def side_by_side(predicted: Mapping[str, float], measured: Mapping[str, float]) -> str:
     """Return a table of what a plan said and what a run took."""
-    lines = [f"{'':<15}{'predicted':>12}{'measured':>12}"]
-    for name, label, unit in (
-        ("seconds", "seconds", 1.0),
-        ("host_bytes", "peak host MiB", 2.0**20),
-        ("device_bytes", "peak device MiB", 2.0**20),
-        ("bytes_read", "read MiB", 2.0**20),
-        ("bytes_written", "written MiB", 2.0**20),
-    ):
+    lines = [f"{'':<18}  {'predicted':>11}  {'measured':>11}"]
+    for name, label, text, _ in _COMPARED:
         if predicted.get(name) or measured.get(name):
-            said, found = predicted.get(name, 0) / unit, measured.get(name, 0) / unit
-            lines.append(f"{label:<15}{said:>12,.1f}{found:>12,.1f}")
+            lines.append(f"{label:<18}  {text(predicted.get(name, 0)):>11}  {text(measured.get(name, 0)):>11}")
     return "\n".join(lines)
 
 
-def status_lines(found: dict[str, Any]) -> str:
-    """Return a run's status as text: its figures, then what was predicted beside what was measured."""
-    apart = ("predicted", "measured", "workers")
-    text = figure_lines({name: value for name, value in found.items() if name not in apart})
-    for worker in found["workers"]:
-        state = "at work" if worker["lives"] else "gone"
-        left = "waits" if worker["share"] is None else f"share {worker['share']}, {worker['tasks_left']} tasks left"
-        text += (
-            f"\nworker {worker['name']:<5} {state}: process {worker['pid']} on {worker['host']}, {worker['device']}, "
-            f"{worker['flops_per_s'] / 1e9:,.1f} GFLOP/s, heard of {worker['silent_s']:.0f} s ago, {left}"
-        )
-    return f"{text}\n\n{side_by_side(found['predicted'] or {}, found['measured'])}"
-
-
-def figure_lines(fields: Mapping[str, Any]) -> str:
-    """Return figures by their names, a line each."""
-    width = max(map(len, fields))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in fields.items())
-
-
 class PlainLines:
-    """One line a minute, for logs."""
+    """Lines with a time stamp for logs: how a session begins and ends, and one a minute between."""
 
-    def __init__(self, file: TextIO, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._file, self._every_s, self._clock = file, every_s, clock
+    def __init__(
+        self,
+        file: TextIO,
+        every_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        verbose: bool = False,
+    ) -> None:
+        self._file, self._every_s, self._clock, self._verbose = file, every_s, clock, verbose
         self._last = clock()
 
+    def opening(self, what: str) -> None:
+        """Say that a run is being opened."""
+        self._print(f"opening {what}")
+
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Progressed | Checkpointed) and self._clock() - self._last < self._every_s:
+        if isinstance(event, Started):
+            for line in begun_lines(event):
+                self._print(line)
+        elif self._clock() - self._last >= self._every_s or isinstance(event, Ended):
+            why = f"   ({event.why})" if isinstance(event, Ended) and event.reason != "done" else ""
+            self._print("   ".join([share_text(event.figures), *progress_parts(event.figures)]) + why)
+            if self._verbose:
+                self._print(stages_text(event.figures))
+        else:
             return
         self._last = self._clock()
-        if isinstance(event, Started):
-            print(f"cqsa: {event.problem}", file=self._file)
-        figures = event.figures
-        share = figures.pairs_done / max(1, figures.pairs_total)
-        what = f" ({event.reason})" if isinstance(event, Ended) else ""
-        print(
-            f"cqsa: {figures.pairs_done}/{figures.pairs_total} pairs ({share:.1%}), "
-            f"{figures.rows_done}/{figures.rows_total} rows, {rates(figures)}{what}",
-            file=self._file,
-            flush=True,
-        )
         if isinstance(event, Ended) and event.reason == "done":
-            print(side_by_side(event.predicted, event.measured), file=self._file, flush=True)
+            self._print(ended_line(event))
+
+    def _print(self, text: str) -> None:
+        print(time.strftime("%Y-%m-%d %H:%M:%S cqsa:"), text, file=self._file, flush=True)

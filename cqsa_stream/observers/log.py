@@ -9,6 +9,8 @@ from cqsa_stream.events import Checkpointed, Ended, Event, Progressed, Span, Sta
 
 __all__ = ["EventLog"]
 
+_APART = 1.1  # each sample of a session's progress is so much later than the last: a week has 140
+
 
 class News(Protocol):
     """What the event log needs of a run directory."""
@@ -31,7 +33,7 @@ class EventLog:
     ) -> None:
         """``leads``: the figures are those of workers, which keep logs of their own."""
         self._directory, self._options, self._every_s, self._leads = directory, options, every_s, leads
-        self._last = 0.0
+        self._last = self._next_sample_s = 0.0
 
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
@@ -40,9 +42,12 @@ class EventLog:
         self._last = now
         figures = asdict(event.figures)
         self._directory.write_session({"ended": isinstance(event, Ended), **figures})
+        if isinstance(event, Progressed) and event.figures.session_s >= self._next_sample_s:
+            self._next_sample_s = event.figures.session_s * _APART
+            self._directory.append_event({"event": "progressed", **figures})
         if isinstance(event, Started):
             self._directory.write_timeline(())
-            about = {"options": self._options, "plan": event.plan, "leads": self._leads}
+            about = {"options": self._options, "plan": event.plan, "leads": self._leads, "predicted": event.predicted}
             self._directory.append_event({"event": "started", **about, **figures})
         elif isinstance(event, Checkpointed):
             self._directory.append_event({"event": "checkpointed", "seconds": event.seconds, **figures})

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from cqsa_stream.errors import InputError
@@ -11,7 +12,7 @@ from cqsa_stream.observers.bar import ProgressBar
 from cqsa_stream.observers.jsonl import JsonLines
 from cqsa_stream.observers.lines import PlainLines
 
-__all__ = ["checked", "everyone", "terminal_observers"]
+__all__ = ["checked", "everyone", "shown", "terminal_observers"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +44,31 @@ def everyone(observers: Iterable[Observer]) -> Observer:
     return observe
 
 
-def terminal_observers(*, as_json: bool, quiet: bool) -> tuple[Observer, ...]:
-    """Return who watches a run of the command line: a bar on a terminal, else lines; JSON lines go to stdout."""
+def terminal_observers(*, as_json: bool, quiet: bool, verbose: bool, opening: str) -> tuple[Observer, ...]:
+    """Return who watches a run of the command line: a bar on a terminal, else lines; JSON lines go to stdout.
+
+    They say at once what is being opened, where that takes more than a moment: torch must be imported first.
+    """
     observers: list[Observer] = [JsonLines(sys.stdout)] if as_json else []
     if not quiet:
-        observers.append(ProgressBar(sys.stderr) if sys.stderr.isatty() else PlainLines(sys.stderr))
+        kind = ProgressBar if sys.stderr.isatty() else PlainLines
+        shown = kind(sys.stderr, verbose=verbose)
+        if "torch" not in sys.modules:
+            with suppress(OSError):  # nobody reads it
+                shown.opening(opening)
+        observers.append(shown)
     return tuple(observers)
+
+
+def shown(progress: object) -> tuple[Observer, ...]:
+    """Return what draws the progress of a call: a bar, in a notebook one of its own; nothing where it is not wanted.
+
+    Raises InputError where ``progress`` is no flag.
+    """
+    if not isinstance(progress, bool):
+        raise InputError(f"progress {progress!r}; expected True or False")
+    if not progress:
+        return ()
+    from tqdm.auto import tqdm
+
+    return (ProgressBar(sys.stderr, tqdm),)

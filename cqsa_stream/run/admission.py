@@ -46,12 +46,12 @@ def refuse_occupied(target: Target, directory: RunDirectory) -> None:
     """Nothing that this run did not write is ever overwritten."""
     ours = set(results(directory))
     if directory.path.exists() and not directory.path.is_dir():
-        raise InputError(f"{directory.path} exists and is no directory; name another --run-dir")
+        raise InputError(f"{directory.path} exists and is no directory; name another run_dir")
     for path in (target.out, target.lse):
         if path is not None and path.exists() and path not in ours and not _left_empty(path, directory):
             raise InputError(f"{path} exists and is no result of the run in {directory.path}; name another path")
     if directory.path.exists() and not directory.begun and (foreign := directory.foreign()):
-        raise InputError(f"{directory.path} exists and holds no run but {foreign[:3]}; name another --run-dir")
+        raise InputError(f"{directory.path} exists and holds no run but {foreign[:3]}; name another run_dir")
 
 
 def _left_empty(path: Path, directory: RunDirectory) -> bool:
@@ -110,5 +110,5 @@ def refuse_differences(manifest: Manifest, directory: RunDirectory, command: Com
     if differing:
         raise MismatchError(
             f"the run in {directory.path} began with {', '.join(differing)}; go on with what it began with, or name "
-            "another output, or start anew with --fresh"
+            "another output, or start anew with fresh=True"
         )

@@ -4,7 +4,7 @@ run.json        the problem, the grid, the inputs' fingerprints, where the outpu
 state.json      what the next session needs: options as used, the plan's choice; carries its own checksum
 arrays/         what of the mask is too long for run.json: .npy files, each named by its SHA-256
 partials/       one file for each row chunk in progress or finished
-lse.zarr        the log-sum-exp of finished rows, unless --lse names another place
+lse.zarr        the log-sum-exp of finished rows, unless the user names another place
 results.zarr    a Zarr group of links to output and lse, so that xarray opens both by name
 events.jsonl    each session's options, plan, checkpoints and end
 session.json    the latest figures of the last session, and the process it runs in
@@ -19,6 +19,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -58,7 +59,7 @@ _FILES = (_MANIFEST, _STATE, _SESSION, _EVENTS, _TIMELINE)
 _FOLDERS = ("partials", "lse.zarr", "results.zarr", "arrays", "claims", "workers")
 _BEFORE_A_RUN = {"lock", _SESSION, _STATE, "results.zarr", "arrays"}
 _DISCARDED = "run.json.discarded"  # the manifest of a run that is being removed
-_MOST_JSON_BYTES, _MOST_ARRAY_BYTES = 1 << 20, 1 << 30
+_MOST_JSON_BYTES, _MOST_TIMELINE_BYTES, _MOST_ARRAY_BYTES = 1 << 20, 1 << 24, 1 << 30
 _LOCK_NAMED_S = 1.0  # how long after taking the lock a process may take to say who it is
 _log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class RunDirectory:
         except ValueError as error:
             raise InputError(
                 f"{path}: unreadable ({error}); nothing can be resumed without it: put a copy of it back, or remove "
-                "the output and start anew with --fresh"
+                "the output and start anew with fresh=True"
             ) from error
 
     def _array(self, name: str) -> bytes:
@@ -247,6 +248,15 @@ class RunDirectory:
         """Replace the spans of the last session; news, too."""
         lists = [[s.kind, s.where, round(s.start_s, 6), round(s.stop_s, 6), s.about] for s in spans]
         self._write_news(_TIMELINE, {"fields": ["kind", "where", "start_s", "stop_s", "about"], "spans": lists})
+
+    def timeline(self) -> list[Span]:
+        """Return the spans of the last session; empty where they are not there, or no spans."""
+        try:
+            spans = json.loads(_content(self.path / _TIMELINE, _MOST_TIMELINE_BYTES))["spans"]
+            found = [Span(str(k), str(w), float(start), float(stop), str(about)) for k, w, start, stop, about in spans]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return []
+        return [span for span in found if 0 <= span.start_s <= span.stop_s < math.inf]
 
     def _write_news(self, name: str, content: dict[str, Any]) -> None:
         temporary = temporary_name(self.path / name)

@@ -22,9 +22,10 @@ from cqsa_stream.run.inputs import refuse_changed_inputs, refuse_other_inputs
 from cqsa_stream.run.looking import Looking, known, opened_again
 from cqsa_stream.run.manifest import Manifest, beside
 from cqsa_stream.run.outputs import Results
+from cqsa_stream.run.planned import going_on
 from cqsa_stream.run.running_out import saying_how_much_disk
 from cqsa_stream.run.session import Session, Workplace
-from cqsa_stream.run.sharing import Sharing, WorkerNews, as_begun, sink_of
+from cqsa_stream.run.sharing import Sharing, WorkerNews, sink_of
 from cqsa_stream.run.state import State
 from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.schedulers.plan import Plan
@@ -85,17 +86,14 @@ class OnDisk:
 
     def hold(self, held: ExitStack) -> tuple[Options, dict[str, Any]]:
         """Hold a run that has begun, and take from its state what the user did not name."""
-        known: dict[str, Any] = {"durable": True}
         if not self._resumes:
-            return self._command.options.of_a_worker(), {**known, "out": self._target.disk(self.directory.begun)}
+            out = self._target.disk(self.directory.begun)
+            return self._command.options.of_a_worker(), {"durable": True, "out": out}
         self._hold(self.directory.manifest(), held)
         manifest = self._same_run()  # another may have begun here meanwhile, or gone on with other inputs
         refuse_changed_inputs(manifest, self._prints)
         self._before = self.directory.state(manifest.problem)
-        asked = self._command.options
-        each = asked.of_a_worker() if manifest.shares > 1 else asked.of_one_process()
-        options, chosen = self._before.inherited(each)
-        return options, {**known, "fixed": chosen, **as_begun(manifest, options)}
+        return going_on(manifest, self._before, self._command.options)
 
     def take(self, plan: Plan, state: State, held: ExitStack) -> Workplace:
         """Write the state, and what the run is where it begins; make ready what it writes to."""

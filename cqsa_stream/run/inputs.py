@@ -26,7 +26,7 @@ def refuse_other_inputs(target: Target, arrays: dict[str, TokenArray]) -> None:
         if began != now:
             raise MismatchError(
                 f"the run in {directory.path} began with {name} of shape {began[0]}, {began[1]}; it is {now[0]}, "
-                f"{now[1]} now: bring it back as it was, name another output, or start anew with --fresh"
+                f"{now[1]} now: bring it back as it was, name another output, or start anew with fresh=True"
             )
 
 
@@ -38,7 +38,7 @@ def refuse_changed_inputs(manifest: Manifest, prints: dict[str, str]) -> None:
     if changed:
         raise MismatchError(
             f"{', '.join(changed)}: not the content that the run began with; bring the inputs back as they were, or "
-            "start anew with --fresh"
+            "start anew with fresh=True"
         )
 
 
@@ -80,7 +80,7 @@ def _places(folder: Path, manifest: Manifest, name: str, *, fetch: bool) -> list
     if is_url(source) and not fetch:
         raise InputError(
             f"{name}: {source} is fetched only where you say so, since anybody may have written this run "
-            "directory: take --fetch, or fetch=True; or name the inputs, with the same command"
+            "directory: take fetch=True; or name the inputs, with the same command"
         )
     nearby = os.path.normpath(folder / about["beside"]) if about["beside"] else source
     return [source, nearby]

@@ -5,17 +5,20 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
 
 from cqsa_stream.command import Command, Target, local_path
+from cqsa_stream.engine.meter import Progress
 from cqsa_stream.errors import ArrayError, CqsaError, InputError
 from cqsa_stream.events import Observer
 from cqsa_stream.machine.surroundings import undisturbed
 from cqsa_stream.observers.watching import checked
 from cqsa_stream.options import Options
+from cqsa_stream.report.story import Story, samples_of
 from cqsa_stream.run.admission import refuse_strange_places
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.durable import compute
@@ -23,18 +26,29 @@ from cqsa_stream.run.finish import finish_shares
 from cqsa_stream.run.inputs import reopen_inputs
 from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.run.outputs import Results
-from cqsa_stream.run.status import status
+from cqsa_stream.run.pair_map import pair_map
+from cqsa_stream.run.status import last_session, status
 from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.storage.open import open_array
 from cqsa_stream.storage.output import open_output
 from cqsa_stream.verification.verify import Verification, verify_rows
 
-__all__ = ["Run", "open_run"]
+__all__ = ["Run", "open_run", "run_place"]
+
+_ROWS_REPORTED = 64
 
 
 def open_run(path: str | os.PathLike[str]) -> "Run":
-    """Open a run directory. Raises InputError where it is none."""
-    return Run(local_path(path))
+    """Open a run by its output, where its directory is ``OUT.run``, or by its directory. Raises InputError."""
+    return Run(run_place(path))
+
+
+def run_place(path: str | os.PathLike[str]) -> Path:
+    """Return the directory of a run that is named by itself, or by its output. Raises InputError for a URL."""
+    named = local_path(path)
+    named = named if named.name else named.absolute()
+    beside = named.with_name(f"{named.name}.run")
+    return beside if not RunDirectory(named).begun and RunDirectory(beside).begun else named
 
 
 class Run:
@@ -45,6 +59,19 @@ class Run:
         self.manifest: Manifest = self.directory.manifest()
         self._covers: list[dict[int, int | None]] = []
         self._seen_ns: int | None = None  # when the partials had changed last, as they were read
+
+    def __repr__(self) -> str:
+        done = Progress(self.manifest.problem, self.manifest.grid, self._stored_covers(durable=False))
+        return (
+            f"<Run {self.directory.path}: {self.manifest.problem}; {done.pairs_done} of {done.pairs_total} pairs done>"
+        )
+
+    def pairs(self, height: int = 24, width: int = 64) -> list[list[float | None]]:
+        """Return the map of pairs: which part of each is done, by row and column chunks; None where none is needed.
+
+        Chunks beyond ``height`` and ``width`` are put together.
+        """
+        return pair_map(self.manifest.grid, self._stored_covers(durable=False), height, width)
 
     def status(self, *, durable: bool = True) -> dict[str, Any]:
         """Return where the run stands, by what is on disk, and the last session's figures.
@@ -71,7 +98,7 @@ class Run:
     def resume(
         self,
         observers: Sequence[Observer] = (),
-        max_seconds: float | None = None,
+        max_seconds: float | str | None = None,
         *,
         fetch: bool = False,
         stop: Stopper | None = None,
@@ -139,6 +166,40 @@ class Run:
             seed,
             rounded_tiles=self.directory.state(problem).rounded_tiles,
             damaged=damaged,
+        )
+
+    def report(self, out: str | os.PathLike[str] | None = None) -> list[Path]:
+        """Write a page about the run, and its pictures as PNGs; return their paths, the page first.
+
+        ``out``: a folder, by default beside the run directory. Inputs are read to verify some rows, where they are
+        there. Raises ImportError without matplotlib.
+        """
+        try:
+            from cqsa_stream.report.page import write_report
+        except ImportError as error:
+            raise InputError(f"report: {error}; install cqsa-stream[plot]") from error
+        output = self.directory.output_path(self.manifest)
+        folder = output.with_name(f"{output.name}.report") if out is None else local_path(out)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} exists and is no directory; name another out")
+        return write_report(self._story(), folder)
+
+    def _story(self) -> Story:
+        """Return what a report tells."""
+        started = last_session(self.directory.events())
+        try:
+            verification: dict[str, Any] | str = asdict(self.verify(rows=_ROWS_REPORTED))
+        except CqsaError as error:
+            verification = f"not verified: {error}"
+        return Story(
+            name=self.directory.output_path(self.manifest).name,
+            problem=str(self.manifest.problem),
+            status=self.status(durable=False),
+            plan=started[0].get("plan") or {} if started else {},
+            pairs=self.pairs(64, 64),
+            samples=samples_of(started),
+            spans=self.directory.timeline(),
+            verification=verification,
         )
 
     def output(self) -> ts.TensorStore:

@@ -26,7 +26,7 @@ def saying_what_ran_out() -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise NoMemoryError(
-            f"the device has no memory left ({error}); the run is intact: take a smaller --device-memory"
+            f"the device has no memory left ({error}); the run is intact: take a smaller device_memory"
         ) from error
     except (MemoryError, RuntimeError, OSError) as error:
         if not _ran_out(error):
@@ -34,7 +34,7 @@ def saying_what_ran_out() -> Iterator[None]:
         said = str(error).strip().splitlines()
         raise NoMemoryError(
             f"no host memory left ({said[0] if said else 'an allocation failed'}); the run is intact: take a smaller "
-            "--host-memory, or free some, and run the same command again"
+            "host_memory, or free some, and run the same command again"
         ) from error
 
 

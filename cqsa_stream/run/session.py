@@ -30,15 +30,7 @@ from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.schedulers.plan import Plan
 from cqsa_stream.schedulers.schedules import AUTO
 
-__all__ = ["Session", "Workplace", "compute_in_memory", "planned"]
-
-
-def planned(command: Command) -> Plan:
-    """Return the plan of a new run, over budget or not. Raises InputError."""
-    out = None if command.target is None else command.target.out
-    with undisturbed():
-        options = command.options.of_a_worker()
-        return plan_run(command.problem, command.arrays, options, durable=out is not None, out=out)[0]
+__all__ = ["Session", "Workplace", "compute_in_memory"]
 
 
 def compute_in_memory(
@@ -121,7 +113,7 @@ class Session:
     def __init__(self, command: Command, home: Home, observers: Sequence[Observer], stop: Stopper) -> None:
         self.problem, self.arrays, self.options = command.problem, command.arrays, command.options
         self.home, self.observers, self.stop = home, tuple(observers), stop
-        stop.limit(command.options.max_seconds)
+        stop.limit(command.options.limit_s)
 
     @saying_what_ran_out()
     @undisturbed()
@@ -171,6 +163,7 @@ class Session:
         meter = Meter(problem, plan.grid, self.arrays, place.store, place.sink, device).since(self.host)
         with self.stop, device.current():
             timeline = Timeline(device)
+            meter.timing(timeline, min(device.habits.reads_at_a_time, plan.layout.in_flight))
             job = Job(
                 problem=problem,
                 plan=plan,
@@ -186,10 +179,12 @@ class Session:
                 timeline=timeline,
             )
             meter.restart(place.store.covers())
-            observer(Started(str(problem), plan.to_dict(), meter.figures()))
+            begun = meter.figures()
+            predicted = plan.predicted(1 - begun.flops_done / max(1, begun.flops_total))
+            observer(Started(str(problem), plan.to_dict(), begun, predicted))
             reason = "done"
             try:
-                if self.options.max_seconds == 0:
+                if self.options.limit_s == 0:
                     raise RunStopped("nothing is computed within 0 s (max_seconds)")
                 place.work(job)
             except BaseException as error:
@@ -197,4 +192,4 @@ class Session:
                 raise
             finally:
                 figures = meter.figures()
-                observer(Ended(reason, figures, plan.predicted(), figures.measured(), timeline.spans()))
+                observer(Ended(reason, figures, predicted, figures.measured(), timeline.spans()))

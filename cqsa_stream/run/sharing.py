@@ -23,6 +23,7 @@ from cqsa_stream.options import Options
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.run.outputs import Results
+from cqsa_stream.run.planned import as_begun
 from cqsa_stream.run.session import Workplace
 from cqsa_stream.run.shares import Left
 from cqsa_stream.run.state import State
@@ -33,18 +34,12 @@ from cqsa_stream.schedulers.shares import Share, deal
 from cqsa_stream.storage.claims import Claims, Lost, forget
 from cqsa_stream.storage.partials import PartialStore
 
-__all__ = ["AtWork", "Sharing", "WorkerNews", "as_begun", "sink_of"]
+__all__ = ["AtWork", "Sharing", "WorkerNews", "sink_of"]
 
 _FILES_AT_A_TIME = 4  # of a row chunk, which leaves a device of its own whole
 _WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
 _PASSES = 3  # over all shares: more than one only where something of them is found damaged
 _log = logging.getLogger(__name__)
-
-
-def as_begun(manifest: Manifest, options: Options) -> dict[str, Any]:
-    """Return what ``plan_run`` has to know of a run that has begun."""
-    known: dict[str, Any] = {"grid": manifest.grid, "out_tokens": manifest.out_tokens, "shares": manifest.shares}
-    return known if manifest.chosen is None else {**known, "fixed": (manifest.chosen, options)}
 
 
 def sink_of(results: Results, plan: Plan, guard: Callable[[], object]) -> ZarrSink:

@@ -1,5 +1,6 @@
 """Where a run stands: by the covers on disk, and by the news of its sessions."""
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,14 +11,14 @@ from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.run.outputs import Results
 from cqsa_stream.run.shares import Left
 
-__all__ = ["is_figure", "sessions_of", "status"]
+__all__ = ["is_figure", "last_session", "sessions_of", "status"]
 
-_COMPARED = {  # name: (of the plan, of the run)
-    "seconds": ("seconds", "elapsed_s"),
-    "bytes_read": ("bytes_read", "bytes_read"),
-    "bytes_written": ("bytes_written", "bytes_written"),
-    "host_bytes": ("host_projected_bytes", "host_peak_bytes"),
-    "device_bytes": ("device_projected_bytes", "device_peak_bytes"),
+_COMPARED = {  # of the last session: name of what was predicted, and of the figure
+    "seconds": "session_s",
+    "bytes_read": "bytes_read",
+    "bytes_written": "bytes_written",
+    "host_bytes": "host_peak_bytes",
+    "device_bytes": "device_peak_bytes",
 }
 
 
@@ -38,7 +39,9 @@ def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, i
     def highest(name: str) -> Any:
         return max(session[name] for session in (*every, last))
 
+    pid = directory.live_pid()
     found = {
+        "state": "running" if pid is not None or directory.at_work() else "complete" if complete else "stopped",
         "complete": complete,
         "schedule": plan.get("schedule"),
         "chunks": grid.rows.chunks,
@@ -52,23 +55,25 @@ def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, i
         "session_s": last["session_s"],
         "eta_s": 0.0 if complete else _eta(problem.flops - done.flops_done, last, workers),
         "flops_done": done.flops_done,
+        "flops_total": problem.flops,
+        "session_flops": last["session_flops"],
         "bytes_read": summed("bytes_read"),
         "bytes_written": summed("bytes_written"),
         "device_peak_bytes": highest("device_peak_bytes"),
         "host_peak_bytes": highest("host_peak_bytes"),
         "device_projected_bytes": plan.get("device_projected_bytes"),
         "host_projected_bytes": plan.get("host_projected_bytes"),
+        "device_allowed_bytes": plan.get("device_allowed_bytes"),
+        "host_allowed_bytes": plan.get("host_allowed_bytes"),
         "device_reserved_bytes": highest("device_reserved_bytes"),
         "device_driver_peak_bytes": highest("device_driver_peak_bytes"),
         "sessions": len(every),
-        "pid": directory.live_pid(),
+        "checkpoint_s": max(0.0, time.time() - last["checkpointed"]) if last.get("checkpointed") else None,
+        "pid": pid,
         "workers": workers,
+        "predicted": {name: last["predicted"].get(name, 0) for name in _COMPARED} if last.get("predicted") else None,
+        "measured": {name: last[of] for name, of in _COMPARED.items()},
     }
-    predicted = {name: plan[of] if is_figure(plan.get(of)) else 0 for name, (of, _) in _COMPARED.items()}
-    for name in ("host_bytes", "device_bytes"):  # a plan's are each worker's, what is measured those of all
-        predicted[name] *= plan["workers"] if last.get("leads") and is_figure(plan.get("workers")) else 1
-    found["predicted"] = predicted if plan else None
-    found["measured"] = {name: found[of] for name, (_, of) in _COMPARED.items()}
     return found
 
 
@@ -101,14 +106,31 @@ _NOTHING: dict[str, Any] = dict.fromkeys(Figures.__dataclass_fields__, 0)
 
 
 def sessions_of(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return, for each session, its plan and the latest figures it logged."""
+    """Return, for each session, its plan, what was predicted of it, and the latest figures and checkpoint it logged."""
     sessions: list[dict[str, Any]] = []
     for event in events:
         if event.get("event") == "started":
-            sessions.append({**_NOTHING, "plan": _plan(event.get("plan")), "leads": event.get("leads") is True})
+            sessions.append({**_NOTHING, "plan": _numbers(event.get("plan")), "leads": event.get("leads") is True})
+            sessions[-1]["predicted"] = _numbers(event.get("predicted"))
         if sessions:
             sessions[-1].update(_figures(event))
+            if event.get("event") == "checkpointed" and is_figure(event.get("time")):
+                sessions[-1]["checkpointed"] = event["time"]
     return sessions
+
+
+def last_session(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the events of the last session that have figures, those of its workers left out."""
+    found: list[dict[str, Any]] = []
+    for event in events:
+        if "worker" in event:
+            continue
+        if event.get("event") == "started":
+            found = []
+        if is_figure(event.get("session_s")):
+            plan = event.get("plan")
+            found.append({**_figures(event), **({"plan": plan} if isinstance(plan, dict) else {})})
+    return found
 
 
 def _figures(found: dict[str, Any]) -> dict[str, float]:
@@ -121,8 +143,9 @@ def is_figure(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 2**62  # not so: NaN, too
 
 
-def _plan(plan: Any) -> dict[str, Any]:
-    return {k: v for k, v in plan.items() if is_figure(v) or type(v) is str} if isinstance(plan, dict) else {}
+def _numbers(found: Any) -> dict[str, Any]:
+    """Return the figures and the words of what a file holds."""
+    return {k: v for k, v in found.items() if is_figure(v) or type(v) is str} if isinstance(found, dict) else {}
 
 
 def _eta(flops_left: int, last: dict[str, Any], workers: list[dict[str, Any]]) -> float | None:

@@ -42,7 +42,7 @@ def place_of(text: str | None, environment: Mapping[str, str]) -> tuple[int, int
                     place = (int(environment[number]) - int(first)) // max(1, int(step))
                     return place % int(environment[count]), int(environment[count])
                 except (ValueError, ZeroDivisionError) as error:
-                    raise InputError(f"{number} and {count}: {error}; name the worker, as --worker 0/4") from error
+                    raise InputError(f"{number} and {count}: {error}; name the worker, as worker=0/4") from error
         return 0, 1
     first, slash, second = text.partition("/")
     if not (slash and first.isascii() and first.isdigit() and second.isascii() and second.isdigit()):
@@ -59,7 +59,7 @@ def work(
     stop: Stopper,
     *,
     device: str | None = None,
-    max_seconds: float | None = None,
+    max_seconds: float | str | None = None,
     fetch: bool = False,
 ) -> Run:
     """Compute shares of the run until it is complete; a run of one share is resumed. Raises as ``attention`` does.

@@ -30,7 +30,7 @@ _LOOKS = 32  # at rows, to tell what of an array is in the page cache
 CACHED_BYTES = 8 << 20  # arrays up to this size are read through the page cache: they cannot fill it
 CURES = (
     "writers may leave out chunks that hold only the fill value: write them with write_empty_chunks=True "
-    "(zarr-python), or read them as the fill value with --fill-missing"
+    "(zarr-python), or read them as the fill value with fill_missing=True"
 )
 
 

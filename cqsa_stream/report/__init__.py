@@ -1,0 +1,1 @@
+"""A page about a run: what is told (story), its pictures, and the page itself."""
