@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from cqsa_stream.command import Command
+from cqsa_stream.command import Command, Look
 from cqsa_stream.events import Observer
 from cqsa_stream.executors.choose import crew_of
 from cqsa_stream.observers.watching import checked, shown
@@ -137,16 +137,16 @@ def plan(*args: Any, **options: Any) -> Plan:
     """Return what ``attention`` with the same arguments would do and need, reading nothing but shapes.
 
     A ``cqsa.Shape`` stands for an array that is not there yet. Where the run of ``out`` has begun, the plan is that of
-    its continuation, and its ``begun`` says what is done. The plan may be over budget: see its ``fits``. Print it, or
-    take its ``to_dict()``. Raises InputError, ArrayError; MismatchError where another run has begun there.
+    its continuation, and its ``begun`` says what is done; where another run has, it is that of a new one. The plan may
+    be over budget: see its ``fits``. Print it, or take its ``to_dict()``. Raises InputError, ArrayError.
     """
     call = inspect.signature(attention).bind(*args, **options)
     call.apply_defaults()
     checked(call.arguments["observers"])
-    return planned(_command(call.arguments))
+    return planned(_command(call.arguments, lambda _, __: None))
 
 
-def _command(words: Mapping[str, Any]) -> Command:
+def _command(words: Mapping[str, Any], look: Look = refuse_other_inputs) -> Command:
     """Parse a call: what is "auto" by default was not named."""
     autos = {name: None for name in ("device", "schedule", "kernel") if str(words[name]) == "auto"}
-    return Command.of({**words, **autos}, refuse_other_inputs)
+    return Command.of({**words, **autos}, look)

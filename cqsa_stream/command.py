@@ -26,7 +26,7 @@ from cqsa_stream.schedulers.masks.window import CAUSAL, FULL, last_keys
 from cqsa_stream.scores import Terms, is_number
 from cqsa_stream.storage.open import TokenArray
 
-__all__ = ["Command", "Target", "local_path", "parse_queries", "parse_window"]
+__all__ = ["Command", "Look", "Target", "local_path", "parse_queries", "parse_window"]
 
 _SMALL_BYTES = 1 << 20  # no budget is so small: the unit is missing
 _MOST_NAME_BYTES = 240  # what is written beside a file, and made of its name, is longer
@@ -80,7 +80,7 @@ class Command:
     target: Target | None = None
 
     @classmethod
-    def of(cls, words: Mapping[str, Any], look: Look) -> "Command":
+    def of(cls, words: Mapping[str, Any], look: Look = lambda _, __: None) -> "Command":
         """Parse the arguments of ``attention`` by their names, and open the arrays. Those of torch's may be missing.
 
         Raises InputError and ArrayError; MismatchError where the target's run began with other arrays.

@@ -64,7 +64,7 @@ class InputWriter:
     ) -> None:
         if layout not in LAYOUTS:
             raise InputError(f"layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
-        self.paths = tuple(directory / f"{name}.zarr" for name in "qkv")
+        self.paths: tuple[Path, Path, Path] = (directory / "q.zarr", directory / "k.zarr", directory / "v.zarr")
         for path in self.paths:
             if path.exists():
                 raise InputError(f"{path} exists; name another directory")

@@ -89,7 +89,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"chunks": True}, "whole number"),
     ({"host_memory": [1]}, "host_memory"),
     ({"host_memory": float("nan")}, "host_memory"),
-    ({"max_seconds": "60"}, "expected seconds"),
+    ({"max_seconds": "60 apples"}, "no duration"),
     ({"checkpoint_every_s": -1}, "expected seconds"),
     ({"schedule": 3}, "expected one of"),
     ({"observers": [3]}, "functions that take an event"),

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import cqsa_stream
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
 
 FOLDERS = {"cqsa_stream": "cqsa_stream", "storage": "cqsa_stream/storage", "schedulers": "cqsa_stream/schedulers"}
 
@@ -128,10 +128,3 @@ def test_the_stop_words_of_security() -> None:
 def test_files_stay_readable() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in modules().values()}
     assert {str(path): n for path, n in lengths.items() if n > 350} == {}
-
-
-def test_the_python_example_runs() -> None:
-    example = [sys.executable, str(ROOT / "examples" / "python_api.py")]
-    found = subprocess.run(example, env=environment(), capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "ok=True" in found.stdout

@@ -10,6 +10,7 @@ from torch import Tensor
 import cqsa_stream as cqsa
 
 transformers = pytest.importorskip("transformers")
+integration = cqsa.integrations.transformers
 
 TOKENS = 70
 SIZES: dict[str, Any] = {
@@ -50,46 +51,119 @@ def made(name: str, implementation: str) -> Any:
     return model.eval()
 
 
-def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **words: Any) -> tuple[Tensor, None]:
-    """Call the product as a layer of its type is defined."""
-    assert mask is None, "nothing but what we name hides a key"
-    config, options = module.config, {}
-    kinds = getattr(config, "layer_types", None)
-    kind = kinds[module.layer_idx] if kinds else SLIDING
-    if kind == SLIDING:
-        options["window"] = config.sliding_window  # with the key at the row's own position
-    elif kind == CHUNKED:
-        options["mask"] = cqsa.masks.Chunked(config.attention_chunk_size)
-    calls.append((kind, tuple(sorted(name for name in ("softcap", "s_aux") if words.get(name) is not None))))
-    out = cqsa.attention(
-        query, key, value, is_causal=True, enable_gqa=True, scale=words["scaling"], device="cpu",
-        soft_cap=words.get("softcap"), sinks=words.get("s_aux"), **options,
-    )  # fmt: skip
-    return out.transpose(1, 2), None
+Masks = list[tuple[str, int]]
 
 
-calls: list[tuple[str, tuple[str, ...]]] = []
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Masks]:
+    """Register ours; yield what each layer was found to see."""
+    found: Masks = []
+    real = integration.attention
+
+    def watched(*arrays: Tensor, **words: Any) -> Tensor:
+        found.append((str(words.get("mask")), words.get("q_start", 0)))
+        out: Tensor = real(*arrays, **words)
+        return out
+
+    monkeypatch.setattr(integration, "attention", watched)
+    integration.register("cqsa_test")
+    yield found
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        interface._global_mapping.pop("cqsa_test", None)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def registered() -> Iterator[None]:
-    transformers.AttentionInterface.register("cqsa_test", attention)
-    yield
-    transformers.AttentionInterface._global_mapping.pop("cqsa_test", None)
+WINDOW, CAUSAL = "window of 9", "causal"
+SEEN = {
+    "mistral": {WINDOW}, "gemma2": {WINDOW, CAUSAL}, "gemma3": {WINDOW, CAUSAL}, "gpt_oss": {WINDOW, CAUSAL},
+    "llama4": {"chunks of 16 and causal", CAUSAL},
+}  # fmt: skip
+
+
+def both(name: str, *arrays: Tensor, **words: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the hidden states and logits of the model's own eager attention, and by ours."""
+    layers = []
+    for implementation in ("eager", "cqsa_test"):
+        model = made(name, implementation)
+        with torch.no_grad():
+            found = model(*arrays, output_hidden_states=True, **{"use_cache": False, **words})
+        layers.append([*found.hidden_states, found.logits])
+    return layers[0], layers[1]
+
+
+def assert_same(layers: tuple[list[Tensor], list[Tensor]]) -> None:
+    for n, (eager, ours) in enumerate(zip(*layers, strict=True)):
+        torch.testing.assert_close(ours, eager, rtol=2e-4, atol=2e-4, msg=f"after layer {n}")
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.filterwarnings("default")  # those of another library
-def test_a_model_computes_the_same(name: str) -> None:
+def test_a_model_computes_the_same(name: str, registered: Masks) -> None:
     tokens = torch.randint(3, 64, (2, TOKENS), generator=torch.Generator().manual_seed(0))
-    layers: dict[str, list[Tensor]] = {}
+    assert_same(both(name, tokens, attention_mask=torch.ones_like(tokens)))
+    assert len(registered) == 2, "a call for each layer"
+    assert {mask for mask, _ in registered} == SEEN[name]
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@pytest.mark.filterwarnings("default")
+def test_a_model_writes_the_same_text(name: str, registered: Masks) -> None:
+    """Token by token, with a cache: queries that begin in the middle."""
+    tokens = torch.randint(3, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    texts = []
     for implementation in ("eager", "cqsa_test"):
-        calls.clear()
         model = made(name, implementation)
         with torch.no_grad():
-            found = model(tokens, output_hidden_states=True, use_cache=False)
-        layers[implementation] = [*found.hidden_states, found.logits]
-    assert len(calls) == 2, "a call for each layer"
-    assert {"gemma2": "softcap", "gpt_oss": "s_aux"}.get(name) in (None, *calls[0][1])
-    for n, (ours, eager) in enumerate(zip(layers["cqsa_test"], layers["eager"], strict=True)):
-        torch.testing.assert_close(ours, eager, rtol=2e-4, atol=2e-4, msg=f"after layer {n} of {name}")
+            texts.append(model.generate(tokens, max_new_tokens=6, do_sample=False))
+    assert torch.equal(*texts)
+    assert {start for _, start in registered} > {0}, "a query at a later position"
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_bidirectional_model() -> None:
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    tokens = torch.randint(3, 64, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    found = []
+    for implementation in ("eager", "cqsa_test"):
+        torch.manual_seed(3)
+        model = transformers.AutoModel.from_config(config, attn_implementation=implementation).eval()
+        with torch.no_grad():
+            found.append(model(tokens).last_hidden_state)
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-4)
+
+
+def padded() -> dict[str, Tensor]:
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    mask[0, :5] = 0
+    return {"attention_mask": mask}
+
+
+def packed() -> dict[str, Tensor]:
+    """Two sequences one after the other, the second of them short."""
+    return {"position_ids": torch.cat([torch.arange(TOKENS - 3), torch.arange(3)])[None].expand(2, -1)}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(padded(), "padding is not supported"), (packed(), "packed sequences, for example")],
+    ids=["padded", "packed"],
+)
+@pytest.mark.filterwarnings("default")
+def test_what_would_be_hidden_in_silence_is_refused(words: dict[str, Tensor], said: str) -> None:
+    tokens = torch.randint(3, 64, (2, TOKENS))
+    model = made("mistral", "cqsa_test")
+    with torch.no_grad(), pytest.raises(cqsa.InputError, match=said):
+        model(tokens, use_cache=False, **words)
+
+
+@pytest.mark.filterwarnings("default")
+def test_gradients_and_dropout_are_refused() -> None:
+    tokens = torch.randint(3, 64, (1, TOKENS))
+    with pytest.raises(cqsa.InputError, match="requires grad"):
+        made("mistral", "cqsa_test")(tokens)
+    model = made("mistral", "cqsa_test").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with torch.no_grad(), pytest.raises(cqsa.InputError, match="dropout"):
+        model(tokens)

@@ -92,12 +92,11 @@ def plan(
 
     from cqsa_stream.command import Command
     from cqsa_stream.planning import refuse_over_budget
-    from cqsa_stream.run.inputs import refuse_other_inputs
     from cqsa_stream.run.planned import planned
 
     if out is None:  # some output: what has begun there, if anything, is not meant
         words |= {"out": "out.zarr", "fresh": True}
-    found = planned(Command.of({"out": out, **words}, refuse_other_inputs))
+    found = planned(Command.of({"out": out, **words}))
     print_data(json.dumps(found.to_dict()) if as_json else found)
     refuse_over_budget(found)
 
@@ -185,8 +184,8 @@ def _result(run_dir: Path) -> dict[str, Any]:
     from cqsa_stream.run.opened import open_run
 
     found = open_run(run_dir)
-    names = ("complete", "pairs_done", "rows_done", "tokens_done", "elapsed_s", "session_s", "flops_done", "sessions")
     status = found.status()
+    counted = ("pairs", "rows", "tokens", "flops", "session", "elapsed", "bytes")
     return {
         "type": "result",
         "output": str(found.directory.output_path(found.manifest)),
@@ -194,7 +193,9 @@ def _result(run_dir: Path) -> dict[str, Any]:
         "run_dir": str(run_dir),
         "shape": list(found.manifest.problem.out_shape),
         "dtype": found.manifest.problem.out_dtype,
-        **{name: status[name] for name in names},
+        "complete": status["complete"],
+        "reason": "done",
+        "figures": {name: status[name] for name in status if name.partition("_")[0] in counted},
         "predicted": status["predicted"],
         "measured": status["measured"],
     }

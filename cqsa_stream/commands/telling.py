@@ -15,7 +15,7 @@ from cqsa_stream.commands.options import FLAGS, RUN_OPTIONS
 __all__ = ["Messages", "in_flags", "print_data", "say", "show"]
 
 _NAMES = "|".join(sorted(FLAGS, key=len, reverse=True))
-_GIVEN = re.compile(rf"""\b({_NAMES})=("[^"]*"|[^\s,;:)"]+)""")
+_GIVEN = re.compile(rf"""\b({_NAMES})=("[^"]*"|[^\s,;:)"]*[^\s,;:)".])""")
 _FIRST = re.compile(rf"^({_NAMES})(?= (?!memory\b)|:)")
 _INNER = re.compile(rf"(?<![\w/.-])({'|'.join(name for name in FLAGS if '_' in name)})(?![\w/.-])")
 

@@ -111,11 +111,11 @@ def _throughput(story: Story) -> Picture:
         above, below = figure.subplots(2, 1, sharex=True)
         rate = [s.flops_per_s for s in story.samples]
         scale, unit = _unit(max(rate, default=1.0))
-        above.plot(_seconds(story), [r / scale for r in rate], color=_COLORS["compute"])
+        _stairs(above, story, [r / scale for r in rate], "compute")
         above.set_ylabel(f"{unit}FLOP/s")
         above.set_ylim(bottom=0)
         for stage in story.samples[0].busy:
-            below.plot(_seconds(story), [100 * s.busy[stage] for s in story.samples], color=_COLORS[stage], label=stage)
+            _stairs(below, story, [100 * s.busy[stage] for s in story.samples], stage)
         below.set_ylabel("% of the time busy")
         below.set_xlabel("seconds of the last session")
         below.set_ylim(0, 105)
@@ -134,7 +134,7 @@ def _timeline(story: Story) -> Picture:
             bars = [(s.start_s, s.stop_s - s.start_s) for s in story.spans if s.kind == kind]
             axes.broken_barh(bars, (level - 0.4, 0.8), color=_COLORS[kind])
         axes.set_yticks(range(len(_KINDS)), [kind.replace("kernel", "compute") for kind in _KINDS])
-        axes.invert_yaxis()
+        axes.set_ylim(len(_KINDS) - 0.5, -0.5)
         axes.set_xlabel("seconds of the last session")
 
     busy = {kind: sum(s.stop_s - s.start_s for s in story.spans if s.kind == kind) for kind in _KINDS}
@@ -168,6 +168,11 @@ def _over_time(figure: Figure, story: Story, label: str) -> Axes:
     axes.set_ylabel(label)
     axes.set_xlim(0, story.samples[-1].seconds)
     return axes
+
+
+def _stairs(axes: Axes, story: Story, values: list[float], stage: str) -> None:
+    """Draw what was between each two moments."""
+    axes.step([0.0, *_seconds(story)], [values[0], *values], where="pre", color=_COLORS[stage], label=stage)
 
 
 def _seconds(story: Story) -> list[float]:

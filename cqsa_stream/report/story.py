@@ -47,8 +47,9 @@ def samples_of(figures: Iterable[dict[str, Any]]) -> list[Sample]:
     """Return the samples of a session from the figures it logged, which only grow."""
     found: list[Sample] = []
     names = ("session_s", "session_flops", "bytes_read", *_STAGES.values())
-    before = dict.fromkeys(names, 0.0)
+    before: dict[str, float] = {}
     for now in figures:
+        before = before or {name: now.get(name, 0.0) for name in names}
         passed = now["session_s"] - before["session_s"]
         if passed <= 0:
             continue

@@ -67,7 +67,9 @@ class Result:
     def lse(self, queries: tuple[int, int] | None = None) -> np.ndarray:
         """Return the log-sum-exp ``[batch, head, token]``, float32. Raises InputError without a run directory."""
         if self.run is None:
-            raise InputError(f"{self.path}: its run directory is not beside it, and the log-sum-exp is there")
+            raise InputError(
+                f"{self.path}: its run directory is not beside it, and the log-sum-exp is there; name the run directory"
+            )
         return read(_rows(self.run.lse(), queries))
 
     def xarray(self, queries: tuple[int, int] | None = None) -> Any:
