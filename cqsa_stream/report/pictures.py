@@ -97,6 +97,7 @@ def _memory(story: Story) -> Picture:
         for level, label, line in ((allowed, "budget", "-"), (planned, "planned", "--")):
             if level:
                 axes.axhline(level / _MIB, color=_INK, linestyle=line, linewidth=1, label=label)
+        axes.set_ylim(bottom=0)
         axes.legend(frameon=False, loc="lower right")
 
     budget = f"; the budget is {size_text(allowed)}, the plan {size_text(planned)}" if allowed else ""
