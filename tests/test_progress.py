@@ -45,9 +45,11 @@ def drawn(columns: int) -> list[str]:
         for event in (STARTED, Progressed(FIGURES), Ended("stopped", FIGURES, {}, {})):
             bar(event)
         file.flush()
-        text = os.read(ours, 1 << 16).decode()
+        data = b""
+        while select.select([ours], [], [], 0.1)[0]:
+            data += os.read(ours, 1 << 16)
     os.close(ours)
-    lines = re.split(r"[\r\n]", text.replace("\x1b[A", ""))
+    lines = re.split(r"[\r\n]", data.decode().replace("\x1b[A", ""))
     return [line.rstrip() for line in lines if line.strip()]
 
 

@@ -133,11 +133,11 @@ def test_status_reads_as_a_line_a_table_and_a_map(cli: Cli) -> None:
     with stopping_after(5):
         assert cli("run", *QKV, "o", "--causal", *CPU, "--chunks", 7, "--schedule", "rectangular").returncode == 3
     text = cli("status", "o").stdout
-    assert text == cli("status", "o.run").stdout, "by the output, or by the run directory"
+    by_its_directory = cli("status", "o.run").stdout
+    assert text.splitlines()[1:] == by_its_directory.splitlines()[1:]
     lines = text.splitlines()
-    assert re.fullmatch(
-        r"stopped  \d+ %  0:0\d elapsed  host [\d.]+ [KM]iB of 64.0 MiB  checkpoint [\d.]+ s ago", lines[0]
-    )
+    host, ago = r"host [\d.]+ ([KM]iB|bytes) of 64.0 MiB", r"checkpoint .+ ago"
+    assert re.fullmatch(rf"stopped  \d+ %  [\d:]+ elapsed  {host}  {ago}", lines[0])
     start = next(n for n, line in enumerate(lines) if line.startswith("pairs of query chunks"))
     drawn = lines[start + 1 : start + 8]
     assert [len(line) for line in drawn] == [2 * n for n in range(1, 8)], "causal: a triangle"

@@ -4,9 +4,10 @@ import json
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,9 @@ from cqsa_stream.commands.options import AsJson, Device, Fetch, Quiet, RunDir, V
 from cqsa_stream.commands.telling import print_data, say
 from cqsa_stream.errors import InputError, RunStopped
 from cqsa_stream.observers.streams import flushed
+
+if TYPE_CHECKING:
+    from cqsa_stream.run.stopping import Stopper
 
 __all__ = ["finish", "generate", "plan", "run", "work"]
 
@@ -141,42 +145,52 @@ def run(
       $ cqsa run q.npy k.npy v.npy out.zarr --layout bthd --max-seconds 55m
     """
     from cqsa_stream.observers.watching import terminal_observers
-    from cqsa_stream.run.stopping import Stopper
 
     here = Path.cwd()
-    observers = terminal_observers(
-        as_json=as_json,
-        quiet=quiet,
-        verbose=verbose,
-        opening=", ".join(words[name] for name in ("query", "key", "value")),
-    )
+    arrays = ", ".join(words[name] for name in ("query", "key", "value"))
+    observers = terminal_observers(as_json=as_json, quiet=quiet, verbose=verbose, opening=arrays)
+    with _stoppable(f"the same command resumes {out}", as_json) as stop:
+        from cqsa_stream.command import Command
+        from cqsa_stream.executors.choose import crew_of
+        from cqsa_stream.run.durable import compute
+        from cqsa_stream.run.inputs import refuse_other_inputs
+
+        command = Command.of({**words, "out": out}, refuse_other_inputs)
+        if verbose:
+            from cqsa_stream.run.planned import planned
+
+            say(f"the plan:\n{planned(command)}\n")
+        compute(command, observers, stop, crew_of)
+    assert command.target is not None
+    where = command.target.run_dir
+    shown = where.relative_to(here) if where.is_relative_to(here) else where
+    _tell_of_the_end(where, f"{out} is complete (run directory {shown})", as_json=as_json, quiet=quiet)
+
+
+@contextmanager
+def _stoppable(then: str, as_json: bool) -> Iterator["Stopper"]:
+    """Take a signal as a request to stop at the first safe point; end there with its exit code, saying what then."""
+    from cqsa_stream.run.stopping import Stopper
+
     try:
         with Stopper(_SIGNALS, owns_process=True) as stop:
-            # from here on a signal is a request to stop at the first safe point
-            from cqsa_stream.command import Command
-            from cqsa_stream.executors.choose import crew_of
-            from cqsa_stream.run.durable import compute
-            from cqsa_stream.run.inputs import refuse_other_inputs
-
-            command = Command.of({**words, "out": out}, refuse_other_inputs)
-            if verbose:
-                from cqsa_stream.run.planned import planned
-
-                say(f"the plan:\n{planned(command)}\n")
-            compute(command, observers, stop, crew_of)
+            yield stop
     except RunStopped as error:
         if as_json:
-            print_data(json.dumps({"type": "result", "complete": False, "reason": str(error), "output": out}))
-        say(f"{error}; the same command resumes {out}")
+            with suppress(OSError):
+                print_data(json.dumps({"type": "result", "complete": False, "reason": str(error)}))
+        say(f"{error}; {then}")
         sys.exit(error.exit_code)
-    assert command.target is not None
+
+
+def _tell_of_the_end(run_dir: Path, message: str, *, as_json: bool, quiet: bool) -> None:
+    """Print the result where JSON is wanted: news, for the run is complete whether or not somebody reads it."""
     if as_json:
-        with suppress(OSError):  # nobody reads it: the run is complete all the same
-            print_data(json.dumps(_result(command.target.run_dir)))
-    flushed(sys.stdout)  # events are news: the run is complete whether or not somebody reads them
+        with suppress(OSError):
+            print_data(json.dumps(_result(run_dir)))
+    flushed(sys.stdout)
     if not quiet:
-        where = command.target.run_dir
-        say(f"{out} is complete (run directory {where.relative_to(here) if where.is_relative_to(here) else where})")
+        say(message)
 
 
 def _result(run_dir: Path) -> dict[str, Any]:
@@ -224,27 +238,16 @@ def work(
       $ cqsa work out.zarr --worker 0/4
     """
     from cqsa_stream.observers.watching import terminal_observers
-    from cqsa_stream.run.stopping import Stopper
 
     observers = terminal_observers(as_json=as_json, quiet=quiet, verbose=verbose, opening=run_dir)
-    try:
-        with Stopper(_SIGNALS, owns_process=True) as stop:
-            from cqsa_stream.run.opened import run_place
-            from cqsa_stream.run.working import place_of
-            from cqsa_stream.run.working import work as take_part
+    with _stoppable(f"the same command goes on with {run_dir}", as_json) as stop:
+        from cqsa_stream.run.opened import run_place
+        from cqsa_stream.run.working import place_of
+        from cqsa_stream.run.working import work as take_part
 
-            path, place = run_place(run_dir), place_of(worker, os.environ)
-            take_part(path, place, observers, stop, device=device, max_seconds=max_seconds, fetch=fetch)
-    except RunStopped as error:
-        if as_json:
-            print_data(json.dumps({"type": "result", "complete": False, "reason": str(error)}))
-        say(f"{error}; the same command goes on with {run_dir}")
-        sys.exit(error.exit_code)
-    if as_json:
-        with suppress(OSError):
-            print_data(json.dumps(_result(path)))
-    if not quiet:
-        say(f"{run_dir} is complete")
+        path, place = run_place(run_dir), place_of(worker, os.environ)
+        take_part(path, place, observers, stop, device=device, max_seconds=max_seconds, fetch=fetch)
+    _tell_of_the_end(path, f"{run_dir} is complete", as_json=as_json, quiet=quiet)
 
 
 def finish(run_dir: RunDir, as_json: AsJson = False) -> None:

@@ -94,7 +94,9 @@ class RunDirectory:
                 raise InputError(f"{error}: it is a link, or no file; expected a run's own file") from error
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise
-            raise InputError(f"{self.path}: no run directory ({_MANIFEST} is missing)") from error
+            raise InputError(
+                f"{self.path}: no run directory ({_MANIFEST} is missing); name one, or an output that has its OUT.run beside it"
+            ) from error
         except ValueError as error:
             raise InputError(
                 f"{path}: unreadable ({error}); nothing can be resumed without it: put a copy of it back, or remove "

@@ -20,6 +20,8 @@ _COMPARED = {  # of the last session: name of what was predicted, and of the fig
     "host_bytes": "host_peak_bytes",
     "device_bytes": "device_peak_bytes",
 }
+_PEAKS = ("device_peak_bytes", "host_peak_bytes", "device_reserved_bytes", "device_driver_peak_bytes")
+_PLANNED = ("device_projected_bytes", "host_projected_bytes", "device_allowed_bytes", "host_allowed_bytes")
 
 
 def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, int | None]]) -> dict[str, Any]:
@@ -59,14 +61,8 @@ def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, i
         "session_flops": last["session_flops"],
         "bytes_read": summed("bytes_read"),
         "bytes_written": summed("bytes_written"),
-        "device_peak_bytes": highest("device_peak_bytes"),
-        "host_peak_bytes": highest("host_peak_bytes"),
-        "device_projected_bytes": plan.get("device_projected_bytes"),
-        "host_projected_bytes": plan.get("host_projected_bytes"),
-        "device_allowed_bytes": plan.get("device_allowed_bytes"),
-        "host_allowed_bytes": plan.get("host_allowed_bytes"),
-        "device_reserved_bytes": highest("device_reserved_bytes"),
-        "device_driver_peak_bytes": highest("device_driver_peak_bytes"),
+        **{name: highest(name) for name in _PEAKS},
+        **{name: plan.get(name) for name in _PLANNED},
         "sessions": len(every),
         "checkpoint_s": max(0.0, time.time() - last["checkpointed"]) if last.get("checkpointed") else None,
         "pid": pid,
