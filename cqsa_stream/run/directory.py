@@ -95,7 +95,8 @@ class RunDirectory:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise
             raise InputError(
-                f"{self.path}: no run directory ({_MANIFEST} is missing); name one, or an output that has its OUT.run beside it"
+                f"{self.path}: no run directory ({_MANIFEST} is missing); name one, or an output that has its OUT.run "
+                "beside it"
             ) from error
         except ValueError as error:
             raise InputError(
