@@ -24,7 +24,7 @@ from cqsa_stream.schedulers.plan import Plan
 __all__ = ["Run", "attention", "open_run", "plan"]
 
 Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 
 
 def attention(
@@ -122,10 +122,10 @@ def attention(
 
 def _taking_the_arguments_of(
     other: Callable[Arguments, Any],
-) -> Callable[[Callable[..., Result]], Callable[Arguments, Result]]:
+) -> Callable[[Callable[..., Returned]], Callable[Arguments, Returned]]:
     """Give a function the signature of another."""
 
-    def taking(function: Callable[..., Result]) -> Callable[Arguments, Result]:
+    def taking(function: Callable[..., Returned]) -> Callable[Arguments, Returned]:
         function.__signature__ = inspect.signature(other)  # type: ignore[attr-defined]
         return function
 

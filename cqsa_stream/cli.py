@@ -12,8 +12,8 @@ import typer
 
 import cqsa_stream
 from cqsa_stream.commands import computing, looking
-from cqsa_stream.commands.telling import Messages, print_data, say
-from cqsa_stream.errors import RunInterrupted
+from cqsa_stream.commands.telling import Messages, in_flags, print_data, say
+from cqsa_stream.errors import InputError, RunInterrupted
 from cqsa_stream.observers.streams import flushed, stand_in_for_what_is_closed
 
 __all__ = ["main"]
@@ -66,7 +66,8 @@ def main() -> None:
             raise
         code = expected
         usage = getattr(error, "format_message", None)  # what the parser has to say
-        say(" ".join((usage() if usage else str(error) or type(error).__name__).split()))
+        text = " ".join((usage() if usage else str(error) or type(error).__name__).split())
+        say(in_flags(text, of_input=isinstance(error, InputError)))
     if not flushed(sys.stdout) and code == 0:
         say("what was printed could not be written to stdout")
         code = 1

@@ -24,13 +24,13 @@ from cqsa_stream.storage.readers.shape import Shape
 __all__ = ["InputWriter", "create_inputs"]
 
 _NAMES = ("query", "key", "value")
-_CHUNK_BYTES, _LEAST_CHUNK_BYTES, _HELD_BYTES = 4 << 20, 64 << 10, 64 << 20
+_CHUNK_BYTES, _HELD_BYTES = 4 << 20, 64 << 20
 
 
 def create_inputs(
     directory: str | os.PathLike[str],
     shape: Sequence[int],
-    dtype: str = "bfloat16",
+    dtype: Any = "bfloat16",
     layout: str = "bhtd",
     *,
     kv_heads: int | None = None,
@@ -40,8 +40,8 @@ def create_inputs(
 
     ``shape``: that of the whole query, ``[batch, head, token, feature]``; with ``layout="bthd"`` it may be ``[batch,
     token, head, feature]``, as what is appended is. Keys and values have the same shape but for ``kv_heads`` and
-    ``value_dim``. What is stored is ``[batch, head, token, feature]`` in either case. Raises InputError; nothing is
-    overwritten.
+    ``value_dim``; ``dtype`` is a name, or torch's. What is stored is ``[batch, head, token, feature]`` in either case.
+    Raises InputError; nothing is overwritten.
     """
     return InputWriter(local_path(directory), shape, dtype, layout, kv_heads=kv_heads, value_dim=value_dim)
 
@@ -56,7 +56,7 @@ class InputWriter:
         self,
         directory: Path,
         shape: Sequence[int],
-        dtype: str,
+        dtype: Any,
         layout: str,
         *,
         kv_heads: int | None,
@@ -69,9 +69,11 @@ class InputWriter:
             if path.exists():
                 raise InputError(f"{path} exists; name another directory")
         self._dtype = str(dtype).removeprefix("torch.")
-        self._named = tuple(Shape(tuple(map(_whole, shape)), self._dtype).shape)
+        self._named = tuple(Shape(tuple(map(_axis_length, shape)), self._dtype).shape)
         self._kv_heads, self._value_dim, self._token_major = kv_heads, value_dim, layout == "bthd"
+        self._shapes: list[tuple[int, ...]] = []
         self._arrays: list[_Growing] = []
+        self._failed = False
 
     @property
     def tokens(self) -> int:
@@ -81,24 +83,31 @@ class InputWriter:
     def append(self, query: Any, key: Any, value: Any) -> None:
         """Append the next tokens: numpy arrays or torch tensors, of the same number of tokens, batch by batch.
 
-        Raises InputError or ArrayError where they do not fit; then nothing of them is written.
+        Raises InputError or ArrayError where they do not fit; then nothing of them is written. Where writing fails,
+        what is there is not whole, and the writer takes no more.
         """
+        if self._failed:
+            raise InputError("an earlier piece could not be written; remove the directory, and begin anew")
         pieces = []
         for name, source in zip(_NAMES, (query, key, value), strict=True):
             with naming(name):
                 pieces.append(_values(source, token_major=self._token_major))
+        shapes = self._shapes or self._whole_shapes(pieces[0].shape)
+        for name, shape, piece in zip(_NAMES, shapes, pieces, strict=True):
+            self._refuse_misfit(name, shape, piece, pieces[0].shape[2])
         if not self._arrays:
-            self._create(pieces[0].shape)
-        for name, array, piece in zip(_NAMES, self._arrays, pieces, strict=True):
-            array.refuse_misfit(name, piece, len(pieces[1][0, 0]))
+            self._create(shapes)
+        self._failed = True
         for array, piece in zip(self._arrays, pieces, strict=True):
             array.append(piece)
+        self._failed = False
 
     def close(self) -> None:
-        """Write what waits in memory. Raises InputError where tokens are missing."""
-        missing = self._named if not self._arrays else [array.missing for array in self._arrays if array.missing]
-        if missing:
-            total = self._arrays[0].shape[2] if self._arrays else "any"
+        """End the writing. Raises InputError where tokens are missing, or could not be written."""
+        if self._failed:
+            raise InputError("a piece could not be written; remove the directory, and begin anew")
+        if not self._arrays or self._arrays[0].missing:
+            total = self._shapes[0][2] if self._shapes else "any"
             raise InputError(f"{self.tokens} of {total} tokens were appended; append the rest before close")
 
     def __enter__(self) -> "InputWriter":
@@ -113,16 +122,32 @@ class InputWriter:
     def __repr__(self) -> str:
         return f"<InputWriter {self.paths[0].parent}: {self.tokens} tokens of {self._named}, {self._dtype}>"
 
-    def _create(self, piece: tuple[int, ...]) -> None:
-        """Create the arrays; the first piece says which of the shape's axes are the heads."""
+    def _whole_shapes(self, piece: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Return the shapes of the arrays; the first piece says which of the named axes are the heads."""
         batch, heads, tokens, dim = self._named
         if self._token_major and piece[1] != heads:
             heads, tokens = tokens, heads
         kv_heads = heads if self._kv_heads is None else self._kv_heads
         value_dim = dim if self._value_dim is None else self._value_dim
-        shapes = [(batch, heads, tokens, dim), (batch, kv_heads, tokens, dim), (batch, kv_heads, tokens, value_dim)]
+        return [(batch, heads, tokens, dim), (batch, kv_heads, tokens, dim), (batch, kv_heads, tokens, value_dim)]
+
+    def _refuse_misfit(self, name: str, shape: tuple[int, ...], piece: np.ndarray, tokens: int) -> None:
+        """Raise InputError where a piece is not the next so many tokens of an array."""
+        expected = (*shape[:2], tokens, shape[3])
+        if piece.shape != expected:
+            raise InputError(
+                f"{name}: a piece of {list(piece.shape)}; expected {list(expected)}: batch, heads, the tokens of the "
+                "piece, features"
+            )
+        if self.tokens + tokens > shape[2]:
+            raise InputError(f"{name}: {self.tokens + tokens} tokens; the array has {shape[2]}")
+        if piece.dtype != numpy_dtype(self._dtype):
+            raise InputError(f"{name}: a piece of {piece.dtype}; expected {self._dtype}: convert it")
+
+    def _create(self, shapes: list[tuple[int, ...]]) -> None:
         refuse_misfits(*(Shape(shape, self._dtype) for shape in shapes))
         make_directory(self.paths[0].parent)
+        self._shapes = shapes
         self._arrays = [_Growing(path, shape, self._dtype) for path, shape in zip(self.paths, shapes, strict=True)]
 
 
@@ -132,7 +157,7 @@ class _Growing:
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: str) -> None:
         batch, heads, tokens, dim = self.shape = shape
         row_bytes = dim * DTYPES[dtype]
-        chunk_bytes = min(_CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, _HELD_BYTES // (batch * heads)))
+        chunk_bytes = min(_CHUNK_BYTES, _HELD_BYTES // (batch * heads))
         self._chunk = min(tokens, max(1, chunk_bytes // row_bytes))
         self._held = np.empty((batch, heads, self._chunk, dim), numpy_dtype(dtype))
         self._target: ts.TensorStore = create_array(path, shape, dtype, (1, 1, self._chunk, dim), "none")
@@ -141,19 +166,6 @@ class _Growing:
     @property
     def missing(self) -> int:
         return self.shape[2] - self.tokens
-
-    def refuse_misfit(self, name: str, piece: np.ndarray, tokens: int) -> None:
-        """Raise InputError where the next tokens are not those of this array."""
-        batch, heads, total, dim = self.shape
-        if piece.shape != (batch, heads, tokens, dim):
-            raise InputError(
-                f"{name}: a piece of {list(piece.shape)}; expected {[batch, heads, tokens, dim]}: batch, heads, the "
-                "tokens of the piece, features"
-            )
-        if tokens > self.missing:
-            raise InputError(f"{name}: {self.tokens + tokens} tokens; the array has {total}")
-        if piece.dtype != self._held.dtype:
-            raise InputError(f"{name}: a piece of {piece.dtype}; expected {self._held.dtype}: convert it")
 
     def append(self, piece: np.ndarray) -> None:
         taken = 0
@@ -184,7 +196,8 @@ def _values(source: Any, *, token_major: bool) -> np.ndarray:
     return found
 
 
-def _whole(number: int) -> int:
+def _axis_length(number: int) -> int:
+    """Return a whole number; -1, which no shape takes, of anything else."""
     try:
         return int(number) if math.floor(number) == number else -1
     except (TypeError, ValueError, OverflowError):

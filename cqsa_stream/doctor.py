@@ -47,7 +47,7 @@ def examine(folder: Path) -> dict[str, Any]:
         "host_free_bytes": free_host_bytes(),
         "devices": [_described(device) for device in devices],
         "memory_bytes_per_s": _memory(),
-        "disk": _disk(folder),
+        "disk": _disk_of(folder),
         "exact": {"ok": all(check["ok"] for check in exact), "checks": exact},
     }
     found["advice"] = _advice(found)
@@ -57,14 +57,16 @@ def examine(folder: Path) -> dict[str, Any]:
 def doctor_text(found: dict[str, Any]) -> str:
     """Describe what was found."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    disk = found["disk"]
+    disk, disk_text = found["disk"], "nothing can be written here"
+    if disk is not None:
+        written, read = (amount_text(disk[f"{name}_bytes_per_s"], "B/s") for name in ("write", "read"))
+        disk_text = f"{size_text(disk['free_bytes'])} free, {written} written durably, {read} read"
     lines = [
         f"versions    {versions}",
         f"system      {found['system']}, {found['processors']} processors, {found['threads']} threads compute",
         f"memory      {size_text(found['host_free_bytes'])} of {size_text(found['host_total_bytes'])} free, "
         f"{amount_text(found['memory_bytes_per_s'], 'B/s')} copied",
-        f"disk here   {size_text(disk['free_bytes'])} free, {amount_text(disk['write_bytes_per_s'], 'B/s')} written "
-        f"durably, {amount_text(disk['read_bytes_per_s'], 'B/s')} read",
+        f"disk here   {disk_text}",
     ]
     for device in found["devices"]:
         free = "" if device["free_bytes"] is None else f", {size_text(device['free_bytes'])} free"
@@ -144,6 +146,14 @@ def _bus(device: Device) -> float:
     return _rate(copy)
 
 
+def _disk_of(folder: Path) -> dict[str, float] | None:
+    """Return what ``_disk`` finds; None where nothing can be written in the folder."""
+    try:
+        return _disk(folder)
+    except OSError:
+        return None
+
+
 def _disk(folder: Path) -> dict[str, float]:
     """Return what is free on a folder's disk, and its bytes per second: written until they are durable, and read."""
     block = np.random.default_rng(0).integers(0, 256, _BLOCK, np.uint8).data
@@ -190,10 +200,12 @@ def _advice(found: dict[str, Any]) -> list[str]:
         advice.append(
             "install cqsa-stream[cuda] (or [cuda12]): merges are faster with CuPy, and plans know the driver's memory"
         )
-    for name in ("host_free_bytes", "disk"):
-        free = found["disk"]["free_bytes"] if name == "disk" else found[name]
-        if free < _NEEDED_FREE:
-            advice.append(
-                f"only {size_text(free)} of {name.partition('_')[0]} are free: make room, or name a small budget"
-            )
+    if found["disk"] is None:
+        advice.append("nothing can be written in this folder: run where the output is to go")
+    free = {"host memory": found["host_free_bytes"], "the disk": (found["disk"] or {}).get("free_bytes", _NEEDED_FREE)}
+    advice += [
+        f"only {size_text(count)} of {name} are free: make room, or name a small budget"
+        for name, count in free.items()
+        if count < _NEEDED_FREE
+    ]
     return advice

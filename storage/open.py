@@ -37,7 +37,8 @@ def open_array(source: Any, *, fill_missing: bool = False, layout: str = "bhtd")
         raise ArrayError(f"layout {layout!r}; expected one of {', '.join(LAYOUTS)}")
     how = _How(fill_missing=fill_missing, token_major=layout == "bthd")
     if isinstance(source, Shape):
-        return source
+        batch, heads, tokens, features = source.shape
+        return Shape((batch, tokens, heads, features), source.dtype) if how["token_major"] else source
     if isinstance(source, str | os.PathLike):
         return _open_named(str(source) if isinstance(source, str | Path) else os.fsdecode(source), how)
     if isinstance(source, np.ndarray):

@@ -36,8 +36,7 @@ def test_any_pieces_make_the_same_arrays(sizes: list[int], token_major: bool, pl
 
     q, k, v = normal(B, H, N, D), normal(B, 2, N, D) + 1, normal(B, 2, N, 8) + 2
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        for name in ("_CHUNK_BYTES", "_LEAST_CHUNK_BYTES"):
-            patch.setattr(f"cqsa_stream.create.{name}", 64 * D * 4)  # chunks of 64 tokens
+        patch.setattr("cqsa_stream.create._CHUNK_BYTES", 64 * D * 4)  # chunks of 64 tokens
         layout, shape = ("bthd", (B, N, H, D)) if token_major else ("bhtd", (B, H, N, D))
         with cqsa.create_inputs(folder, shape, "float32", layout, kv_heads=2, value_dim=8) as writer:
             for span in cut(N, sizes):
@@ -64,7 +63,7 @@ def test_the_shape_may_be_head_first_in_either_layout(tmp_path: Path) -> None:
 
 def test_from_a_model_to_a_result(tmp_path: Path) -> None:
     q, k, v = (torch.randn(1, heads, N, D, dtype=torch.bfloat16) for heads in (H, 2, 2))
-    with cqsa.create_inputs(tmp_path, (1, H, N, D), torch.bfloat16, kv_heads=2) as writer:  # type: ignore[arg-type]
+    with cqsa.create_inputs(tmp_path, (1, H, N, D), torch.bfloat16, kv_heads=2) as writer:
         for span in cut(N, [7, 100]):
             writer.append(*(x[:, :, span] for x in (q, k, v)))
     cqsa.attention(*writer.paths, is_causal=True, enable_gqa=True, out=tmp_path / "o", **CPU)
@@ -173,3 +172,52 @@ def test_a_run_shows_itself(tmp_path: Path) -> None:
     run = cqsa.open_run(tmp_path / "o")
     assert repr(run).startswith(f"<Run {tmp_path / 'o.run'}: query 1 x 1 heads x 300 tokens")
     assert "pairs done>" in repr(run)
+
+
+def test_a_piece_that_does_not_fit_creates_nothing(tmp_path: Path) -> None:
+    writer = cqsa.create_inputs(tmp_path, (1, N, H, D), "float32", layout="bthd")
+    wrong, right = normal(1, 5, 3, D), normal(1, N, H, D)
+    with pytest.raises(cqsa.InputError, match="a piece of"):
+        writer.append(wrong, wrong, wrong)
+    assert not list(tmp_path.iterdir())
+    writer.append(right, right, right)
+    writer.close()
+
+
+def test_a_write_that_fails_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cqsa_stream.storage.output import write as real
+
+    writer, count = cqsa.create_inputs(tmp_path, (1, H, N, D), "float32"), 0
+
+    def failing(target: Any, values: np.ndarray) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise OSError("no")
+        real(target, values)
+
+    monkeypatch.setattr("cqsa_stream.create.write", failing)
+    whole = normal(1, H, N, D)
+    with pytest.raises(OSError, match="no"):
+        writer.append(whole, whole, whole)
+    with pytest.raises(cqsa.InputError, match="could not be written"):
+        writer.append(whole, whole, whole)
+    with pytest.raises(cqsa.InputError, match="could not be written"):
+        writer.close()
+
+
+def test_what_waits_in_memory_is_bounded(tmp_path: Path) -> None:
+    writer = cqsa.create_inputs(tmp_path, (64, 128, 4_096, 64), "float32")
+    piece = np.zeros((64, 128, 1, 64), np.float32)
+    writer.append(piece, piece, piece)
+    assert all(array._held.nbytes <= 64 << 20 for array in writer._arrays)
+
+
+def test_an_incomplete_output_without_its_run(tmp_path: Path) -> None:
+    q = normal(1, 2, 3000, D)
+    with stopping_after(3), pytest.raises(cqsa.RunStopped):
+        cqsa.attention(q, q, q, out=tmp_path / "o", chunks=7, run_dir=tmp_path / "elsewhere", **CPU)
+    with pytest.raises(cqsa.InputError, match="not complete"):
+        cqsa.open_result(tmp_path / "o")
+    with pytest.raises(cqsa.InputError, match="3 axes"):
+        cqsa.open_result(tmp_path / "elsewhere" / "lse.zarr")

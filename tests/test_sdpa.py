@@ -42,16 +42,13 @@ def test_a_layer_of_torch() -> None:
     layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0).eval()
     x = normal(2, 50, 32)
     calls: list[object] = []
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            expected = layer(x)
-            with cqsa.patch_sdpa(observers=[calls.append]):
-                found = layer(x)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+    with torch.no_grad():
+        expected = layer(x)
+        with cqsa.patch_sdpa(observers=[calls.append]):
+            found = layer(x)
     torch.testing.assert_close(found, expected)
-    assert calls, "it was ours"
+    assert calls, "it was ours, and not torch's fast path"
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_torchs_function_is_back_whatever_happened() -> None:
@@ -73,3 +70,25 @@ def test_its_words_are_those_of_torch() -> None:
     words = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
     with cqsa.patch_sdpa():
         assert list(inspect.signature(functional.scaled_dot_product_attention).parameters) == words
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((1, 2, 4, 10, 8), (2, 1, 4, 10, 8)),
+        ((2, 3, 4, 10, 8), (3, 2, 4, 10, 8)),
+        ((4, 10, 8), (1, 4, 10, 8)),
+        ((8,), (8,)),
+    ],
+    ids=str,
+)
+def test_what_would_be_broadcast_is_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    q, k = normal(*shapes[0]), normal(*shapes[1])
+    with cqsa.patch_sdpa(), pytest.raises(cqsa.InputError, match=r"expected the same: expand them"):
+        functional.scaled_dot_product_attention(q, k, k)
+
+
+@pytest.mark.parametrize("name", ["layout", "return_lse", "queries", "out"])
+def test_options_that_would_change_the_result(name: str) -> None:
+    with pytest.raises(cqsa.InputError, match=f"{name}: .*leave it out"), cqsa.patch_sdpa(**{name: "bthd"}):
+        pass

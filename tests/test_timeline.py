@@ -1,5 +1,6 @@
 """The timeline of a session: what its threads and its device did, and when."""
 
+import dataclasses
 import json
 import threading
 import time
@@ -86,3 +87,37 @@ def test_json_lines_leave_the_spans_out(tmp_path: Path, cli: Any) -> None:
     ran = cli("run", "d/q.zarr", "d/k.zarr", "d/v.zarr", "out", "--device", "cpu", "--json")
     ends = [line for line in map(json.loads, ran.stdout.splitlines()) if line.get("type") == "ended"]
     assert ends[0]["spans"] == []
+
+
+def test_a_long_session_on_a_device_counts_all_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the spans that are kept, and without waiting for what the device has not done."""
+    monkeypatch.setattr(timeline, "_MOST", 10)
+
+    class Device:
+        habits = dataclasses.replace(Host().habits, own_memory=True)
+        now, done = 0.0, 0.0
+
+        def tick(self) -> float:
+            self.now += 0.5
+            return self.now
+
+        def has_passed(self, tick: float) -> bool:
+            return tick <= self.done
+
+        def between_s(self, first: float, last: float) -> float:
+            return last - first
+
+        def synchronize(self) -> None:
+            self.done = self.now
+
+    device = Device()
+    found = Timeline(device)  # type: ignore[arg-type]
+    for _ in range(1_000):
+        with found.on_device("kernel"):
+            pass
+        device.done = device.now - 20  # it lags behind
+    assert found.busy_s("kernel") == pytest.approx(0.5 * (1_000 - 20), abs=1)
+    device.synchronize()
+    assert found.busy_s("kernel") == 0.5 * 1_000
+    assert len(found._on_device) == 10
+    assert not found._pending

@@ -167,3 +167,60 @@ def test_gradients_and_dropout_are_refused() -> None:
         layer.self_attn.attention_dropout = 0.1
     with torch.no_grad(), pytest.raises(cqsa.InputError, match="dropout"):
         model(tokens)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_a_model_with_a_static_cache_writes_the_same_text(name: str) -> None:
+    tokens = torch.randint(3, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    texts = []
+    for implementation in ("eager", "cqsa_test"):
+        with torch.no_grad():
+            words = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+            texts.append(made(name, implementation).generate(tokens, **words))
+    assert torch.equal(*texts)
+
+
+def seen(hidden: list[int], told: int, *, queries: int, keys: int, q_offset: int = 0, kv_offset: int = 0) -> Any:
+    """Return what is found of a causal mask, with a mask of tokens of which some are hidden."""
+    tokens = torch.ones(2, told, dtype=torch.bool)
+    tokens[0, hidden] = False
+    return integration._seen(
+        2, queries, keys, q_offset, kv_offset, lambda b, h, q, k: (k <= q) | (b < 0), tokens, transformers.LlamaConfig()
+    )
+
+
+def test_padding_is_looked_for_where_the_keys_are() -> None:
+    refused = pytest.raises(cqsa.InputError, match="padding is not supported")
+    for hidden, told in (([0], 20), ([19], 20), ([5], 28)):
+        with refused:
+            seen(hidden, told, queries=20, keys=20)
+    assert seen([25], 28, queries=20, keys=20).q_start == 0, "hidden behind the last key"
+    assert seen([0], 28, queries=8, keys=20, q_offset=20, kv_offset=8).q_start == 12, "hidden before the first key"
+    with refused:
+        seen([8], 28, queries=8, keys=20, q_offset=20, kv_offset=8)
+    assert str(seen([], 20, queries=20, keys=64).rule) == "causal", "a static cache: what is not told is not seen"
+    with refused:
+        seen([], 20, queries=20, keys=64, q_offset=10)
+
+
+def test_what_a_model_says_besides_is_refused() -> None:
+    """Models that choose keys hand their choice on, or attend to other keys than their mask is for."""
+    attend = transformers.AttentionInterface._global_mapping["cqsa_test"]
+    q = torch.randn(1, 2, 10, 8)
+    mask = integration.Seen(None, 0, (1, 1, 10, 10))
+    module = torch.nn.Module()
+    assert attend(module, q, q, q, mask, scaling=0.3, position_ids=torch.arange(10), output_attentions=False)[
+        0
+    ].shape == (1, 10, 2, 8)
+    for name in ("block_indices", "indices", "sinks", "position_bias", "cu_seq_lens_q"):
+        with pytest.raises(cqsa.InputError, match=f"{name}: this model passes it"):
+            attend(module, q, q, q, mask, scaling=0.3, **{name: torch.zeros(1)})
+    longer = torch.randn(1, 2, 14, 8)
+    with pytest.raises(cqsa.InputError, match="attends 10 queries to 14 keys"):
+        attend(module, q, longer, longer, mask)
+    for words in ({"sliding_window": 8}, {"is_causal": True}):
+        with pytest.raises(cqsa.InputError, match="their positions are not known"):
+            attend(module, q, longer, longer, None, **words)
+    with pytest.raises(cqsa.InputError, match="leave it out"):
+        integration.register("other", layout="bthd")

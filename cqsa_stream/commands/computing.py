@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cqsa_stream.commands.options import AsJson, Device, Fetch, Quiet, RunDir, Verbose, with_run_options
-from cqsa_stream.commands.telling import print_data, say
+from cqsa_stream.commands.telling import in_flags, print_data, say
 from cqsa_stream.errors import InputError, RunStopped
 from cqsa_stream.observers.streams import flushed
 
@@ -179,7 +179,7 @@ def _stoppable(then: str, as_json: bool) -> Iterator["Stopper"]:
         if as_json:
             with suppress(OSError):
                 print_data(json.dumps({"type": "result", "complete": False, "reason": str(error)}))
-        say(f"{error}; {then}")
+        say(f"{in_flags(str(error), of_input=False)}; {then}")
         sys.exit(error.exit_code)
 
 

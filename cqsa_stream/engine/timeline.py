@@ -2,12 +2,13 @@
 
 Spans of threads are taken by the clock. Those of a device are between events of its streams, which are read when all is
 done: nothing waits for them. A session keeps its first spans, so that a long one does not grow: few where kernels
-compute in host memory, which is planned to the MiB. The seconds of each kind are summed up beyond them: of a device as
-far as its spans are kept.
+compute in host memory, which is planned to the MiB. The seconds of each kind are summed up of all, those of a device
+when they are over.
 """
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -17,6 +18,7 @@ from cqsa_stream.machine.device import Device, Tick
 __all__ = ["Timeline"]
 
 _MOST, _MOST_IN_PLACE = 20_000, 1_000  # of threads, and as many of the device
+_PENDING = 64
 _SHOWN_S = 5e-5  # shorter spans of threads are not kept: nobody waited
 
 
@@ -32,8 +34,8 @@ class Timeline:
         self._device_start_s = time.monotonic() - self._start
         self._spans: list[Span] = []
         self._on_device: list[tuple[str, str, Tick, Tick]] = []
+        self._pending: deque[tuple[str, str, Tick, Tick]] = deque()  # not yet summed up
         self._seconds: dict[str, float] = {}
-        self._summed = 0  # of those on the device
         self._adding = threading.Lock()
 
     @contextmanager
@@ -52,27 +54,25 @@ class Timeline:
     @contextmanager
     def on_device(self, kind: str, about: str = "") -> Iterator[None]:
         """Record when the device does what is issued inside on the current stream."""
-        kept, at_once = len(self._on_device) < self._most, not self._device.habits.own_memory
-        if not kept and not at_once:
-            yield
-            return
         start = self._device.tick()
         yield
-        stop = self._device.tick()
-        if kept:
-            self._on_device.append((kind, about, start, stop))
-        if at_once:
-            self._add(kind, self._device.between_s(start, stop))
+        done = kind, about, start, self._device.tick()
+        if len(self._on_device) < self._most:
+            self._on_device.append(done)
+        self._pending.append(done)
+        if len(self._pending) >= _PENDING:
+            self._sum_up()
 
     def busy_s(self, kind: str) -> float:
         """Return the seconds of a kind so far, of all threads together; without waiting for the device."""
-        while self._device.habits.own_memory and self._summed < len(self._on_device):
-            of, _, start, stop = self._on_device[self._summed]
-            if not self._device.has_passed(stop):
-                break
-            self._add(of, self._device.between_s(start, stop))
-            self._summed += 1
+        self._sum_up()
         return self._seconds.get(kind, 0.0)
+
+    def _sum_up(self) -> None:
+        """Add up what the device has done by now."""
+        while self._pending and self._device.has_passed(self._pending[0][3]):
+            kind, _, start, stop = self._pending.popleft()
+            self._add(kind, self._device.between_s(start, stop))
 
     def _add(self, kind: str, seconds: float) -> None:
         with self._adding:

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.backends import mha
 from torch.nn import functional
 
 from cqsa_stream.api import attention
 from cqsa_stream.errors import InputError
+from cqsa_stream.integrations.options import refuse_options
 
 __all__ = ["patch_sdpa"]
 
@@ -19,11 +21,11 @@ def patch_sdpa(**options: Any) -> Iterator[None]:
 
     ``options``: those of ``attention`` that torch's function lacks, as ``host_memory="4GiB"``, for all calls; the
     device is that of the query where none is named. What ``attention`` refuses raises: gradients, dropout, masks that
-    differ between heads or are added to scores. All threads of the process are concerned.
+    differ between heads or are added to scores; so does a query of other leading axes than the keys'. All threads of
+    the process are concerned, and torch's layers take their plain path, which calls the function.
     """
-    if "out" in options:
-        raise InputError("out: a call of torch's function returns a tensor; leave it out")
-    before = functional.scaled_dot_product_attention
+    refuse_options(options)
+    before, fast = functional.scaled_dot_product_attention, mha.get_fastpath_enabled()
 
     def attend(
         query: Tensor,
@@ -36,22 +38,30 @@ def patch_sdpa(**options: Any) -> Iterator[None]:
         enable_gqa: bool = False,
     ) -> Tensor:
         how = {"device": str(query.device), **options}
-        lead = query.shape[:-3]
+        _refuse_broadcasting(query, key, value)
         q, k, v = (_four_axes(x) for x in (query, key, value))
         found: Tensor = attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, **how)
-        return found.reshape(*lead, *found.shape[1 if query.dim() > 2 else 2 :])
+        return found.reshape(*query.shape[:-3], *found.shape[1 if query.dim() > 2 else 2 :])
 
     functional.scaled_dot_product_attention = attend
+    mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         functional.scaled_dot_product_attention = before
+        mha.set_fastpath_enabled(fast)
+
+
+def _refuse_broadcasting(*tensors: Tensor) -> None:
+    """Raise InputError where the tensors differ in their axes before [head, token, feature]."""
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if min(map(len, shapes)) < 2 or len({len(shape) for shape in shapes}) > 1 or len({s[:-3] for s in shapes}) > 1:
+        found = f"query {shapes[0]}, key {shapes[1]}, value {shapes[2]}"
+        raise InputError(f"shapes differ before [head, token, feature]: {found}; expected the same: expand them")
 
 
 def _four_axes(tensor: Tensor) -> Tensor:
     """Return ``[batch, head, token, feature]``: what is missing is 1, what is more is put together."""
-    if tensor.dim() < 2:
-        raise InputError(f"a tensor of shape {tuple(tensor.shape)}; expected [..., token, feature]")
     while tensor.dim() < 4:
         tensor = tensor[None]
     return tensor.flatten(0, -4) if tensor.dim() > 4 else tensor

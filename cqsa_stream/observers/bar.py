@@ -37,6 +37,8 @@ class ProgressBar:
         self._draw(event.figures)
         if isinstance(event, Ended):
             self._end()
+            if self._verbose and stages_text(event.figures):
+                self._say(stages_text(event.figures))
             if event.reason == "done":
                 print(side_by_side(event.predicted, event.measured), file=self._file)
 

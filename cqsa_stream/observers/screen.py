@@ -4,6 +4,8 @@ import shutil
 import time
 from typing import TextIO
 
+from cqsa_stream.observers.streams import in_its_letters
+
 __all__ = ["Screen"]
 
 _UP, _CLEAR = "\x1b[{}A", "\x1b[0J"
@@ -18,6 +20,7 @@ class Screen:
     def show(self, text: str) -> None:
         """Draw a text in the place of the last one; lines are cut where the terminal ends."""
         self.clear()
+        text = in_its_letters(text, self._file)
         if not self._file.isatty():
             print(text, file=self._file, flush=True)
             return

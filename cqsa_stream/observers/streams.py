@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["flushed", "stand_in_for_what_is_closed"]
+__all__ = ["flushed", "in_its_letters", "stand_in_for_what_is_closed"]
+
+_PLAIN = str.maketrans({"█": "#", "▓": "+", "▒": "+", "░": "+", "·": "."})
 
 
 def stand_in_for_what_is_closed() -> None:
@@ -17,6 +19,16 @@ def stand_in_for_what_is_closed() -> None:
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+
+
+def in_its_letters(text: str, stream: TextIO) -> str:
+    """Return a text as a stream can write it: pictures of plain letters where it knows no others."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
+    return text
 
 
 def flushed(stream: TextIO | None) -> bool:

@@ -52,11 +52,11 @@ def terminal_observers(*, as_json: bool, quiet: bool, verbose: bool, opening: st
     observers: list[Observer] = [JsonLines(sys.stdout)] if as_json else []
     if not quiet:
         kind = ProgressBar if sys.stderr.isatty() else PlainLines
-        shown = kind(sys.stderr, verbose=verbose)
+        watching = kind(sys.stderr, verbose=verbose)
         if "torch" not in sys.modules:
             with suppress(OSError):  # nobody reads it
-                shown.opening(opening)
-        observers.append(shown)
+                watching.opening(opening)
+        observers.append(watching)
     return tuple(observers)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from cqsa_stream.report.story import Story
 from cqsa_stream.schedulers.plan_text import plan_text
 from cqsa_stream.storage.atomic import make_directory, replace_file
 
-__all__ = ["write_report"]
+__all__ = ["PAGE", "write_report"]
+
+PAGE = "report.html"
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto;
@@ -26,7 +29,7 @@ def write_report(story: Story, folder: Path) -> list[Path]:
     """Write report.html and a PNG of each picture into a folder; return their paths, the page first."""
     make_directory(folder)
     made = pictures(story)
-    files = [folder / "report.html", *(folder / f"{picture.name}.png" for picture in made)]
+    files = [folder / PAGE, *(folder / f"{picture.name}.png" for picture in made)]
     for path, content in zip(files, [_page(story, made).encode(), *(picture.png for picture in made)], strict=True):
         replace_file(path, [content])
     return files
@@ -56,4 +59,5 @@ def _sections(story: Story, made: Sequence[Picture]) -> Iterator[str]:
         yield f'<img alt="{escape(picture.alt)}" src="data:image/png;base64,{source}">'
         yield f"<figcaption>{escape(picture.alt)}</figcaption>\n</figure>"
     if story.plan:
-        yield f"<h2>The plan of the last session</h2>\n<pre>{escape(plan_text(story.plan))}</pre>"
+        with suppress(KeyError, TypeError, ValueError, AttributeError):  # another version's, or no plan
+            yield f"<h2>The plan of the last session</h2>\n<pre>{escape(plan_text(story.plan))}</pre>"

@@ -172,16 +172,16 @@ class Run:
         """Write a page about the run, and its pictures as PNGs; return their paths, the page first.
 
         ``out``: a folder, by default beside the run directory. Inputs are read to verify some rows, where they are
-        there. Raises ImportError without matplotlib.
+        there. Raises InputError without matplotlib, and where the folder holds something else.
         """
         try:
-            from cqsa_stream.report.page import write_report
+            from cqsa_stream.report.page import PAGE, write_report
         except ImportError as error:
             raise InputError(f"report: {error}; install cqsa-stream[plot]") from error
         output = self.directory.output_path(self.manifest)
         folder = output.with_name(f"{output.name}.report") if out is None else local_path(out)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} exists and is no directory; name another out")
+        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / PAGE).is_file())):
+            raise InputError(f"{folder} exists and holds no report; name another folder (out)")
         return write_report(self._story(), folder)
 
     def _story(self) -> Story:

@@ -9,9 +9,10 @@ import tensorstore as ts
 import torch
 
 from cqsa_stream.command import local_path
-from cqsa_stream.errors import InputError
+from cqsa_stream.errors import ArrayError, InputError
 from cqsa_stream.run.opened import Run, run_place
 from cqsa_stream.storage.dtypes import ML_DTYPES
+from cqsa_stream.storage.open import open_array
 from cqsa_stream.storage.output import DIMENSIONS, holds_array, open_output, read
 
 __all__ = ["Result", "open_result"]
@@ -32,6 +33,14 @@ def open_result(path: str | os.PathLike[str]) -> "Result":
         if not status["complete"]:
             done = f"{status['rows_done']} of {status['rows_total']} row chunks are finished"
             raise InputError(f"{named}: {done}; resume the run first, with the command that began it")
+    if run is None:
+        array = open_array(named)
+        if len(array.shape) != len(DIMENSIONS):
+            raise InputError(f"{named}: {len(array.shape)} axes; expected the output of a run, {list(DIMENSIONS)}")
+        try:
+            array.check()
+        except ArrayError as error:
+            raise InputError(f"{named}: not complete ({error}); resume the run first, or name its directory") from error
     return Result(named if run is None else run.directory.output_path(run.manifest), run)
 
 

@@ -20,6 +20,14 @@ _COMPARED = {  # of the last session: name of what was predicted, and of the fig
     "host_bytes": "host_peak_bytes",
     "device_bytes": "device_peak_bytes",
 }
+_OF_PLAN = {
+    "seconds": "seconds",
+    "bytes_read": "bytes_read",
+    "bytes_written": "bytes_written",
+    "host_bytes": "host_projected_bytes",
+    "device_bytes": "device_projected_bytes",
+}
+_MOVED = ("session_flops", "bytes_read", "bytes_written")
 _PEAKS = ("device_peak_bytes", "host_peak_bytes", "device_reserved_bytes", "device_driver_peak_bytes")
 _PLANNED = ("device_projected_bytes", "host_projected_bytes", "device_allowed_bytes", "host_allowed_bytes")
 
@@ -29,17 +37,15 @@ def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, i
     problem, grid = manifest.problem, manifest.grid
     done = Progress(problem, grid, covers)
     complete = done.rows_done == done.rows_total and Results(directory, manifest).exist
-    every = sessions_of(directory.events())
-    sessions = [session for session in every if not session["leads"]]
-    last: dict[str, Any] = {**(every[-1] if every else _NOTHING), **_figures(directory.session())}
-    workers = _workers(directory, manifest, covers)
-    plan = last.get("plan", {})
+    every = _with_news(sessions_of(directory.events()), directory)
+    last, workers = _last(every), _workers(directory, manifest, covers)
+    plan = last["plan"]
 
     def summed(name: str) -> Any:
-        return sum(session[name] for session in ((*sessions[:-1], last) if len(sessions) == len(every) else sessions))
+        return sum(session[name] for session in every if not session["leads"])
 
     def highest(name: str) -> Any:
-        return max(session[name] for session in (*every, last))
+        return max((session[name] for session in every), default=0)
 
     pid = directory.live_pid()
     found = {
@@ -64,13 +70,45 @@ def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, i
         **{name: highest(name) for name in _PEAKS},
         **{name: plan.get(name) for name in _PLANNED},
         "sessions": len(every),
-        "checkpoint_s": max(0.0, time.time() - last["checkpointed"]) if last.get("checkpointed") else None,
+        "checkpoint_s": max(0.0, time.time() - last["checkpointed"]) if last["checkpointed"] else None,
         "pid": pid,
         "workers": workers,
-        "predicted": {name: last["predicted"].get(name, 0) for name in _COMPARED} if last.get("predicted") else None,
+        "predicted": _predicted(last),
         "measured": {name: last[of] for name, of in _COMPARED.items()},
     }
     return found
+
+
+def _with_news(sessions: list[dict[str, Any]], directory: RunDirectory) -> list[dict[str, Any]]:
+    """Return the sessions in the order of their beginnings; that of the latest process which held the run by itself, or
+    led it, with its latest figures.
+    """
+    ours = [session for session in sessions if not session["of_worker"]]
+    if ours:
+        ours[-1].update(_figures(directory.session()))
+    return sorted(sessions, key=lambda session: session["began"])
+
+
+def _last(every: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the last session. Workers that nobody leads, since the run was begun or last held, are one together."""
+    ours = [session for session in every if not session["of_worker"]]
+    last = ours[-1] if ours else {**_NO_SESSION}
+    crew = [session for session in every if session["of_worker"] and session["began"] >= last["began"]]
+    if last["leads"] or not crew:
+        return last
+    together = {name: sum(session[name] for session in crew) for name in _MOVED}
+    together |= {name: max(session[name] for session in crew) for name in (*_PEAKS, "checkpointed")}
+    ends = max(session["began"] + session["session_s"] for session in crew)
+    alone = crew[0]["predicted"] if len(crew) == 1 else {}  # what a plan tells is of one at a time
+    return {**crew[-1], **together, "session_s": ends - crew[0]["began"], "predicted": alone}
+
+
+def _predicted(last: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what was predicted of a session; of older versions' what their plans say of a whole run."""
+    if last["of_worker"] and not last["predicted"]:
+        return None
+    found = last["predicted"] or {name: last["plan"].get(of) or 0 for name, of in _OF_PLAN.items()}
+    return {name: found.get(name, 0) for name in _COMPARED} if any(found.values()) else None
 
 
 def _workers(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, int | None]]) -> list[dict[str, Any]]:
@@ -99,6 +137,9 @@ def _workers(directory: RunDirectory, manifest: Manifest, covers: list[dict[int,
 
 
 _NOTHING: dict[str, Any] = dict.fromkeys(Figures.__dataclass_fields__, 0)
+_NO_SESSION: dict[str, Any] = {
+    **_NOTHING, "plan": {}, "predicted": {}, "leads": False, "of_worker": False, "began": 0.0, "checkpointed": 0.0,
+}  # fmt: skip
 
 
 def sessions_of(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,8 +147,16 @@ def sessions_of(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     sessions: list[dict[str, Any]] = []
     for event in events:
         if event.get("event") == "started":
-            sessions.append({**_NOTHING, "plan": _numbers(event.get("plan")), "leads": event.get("leads") is True})
-            sessions[-1]["predicted"] = _numbers(event.get("predicted"))
+            sessions.append(
+                {
+                    **_NO_SESSION,
+                    "plan": _numbers(event.get("plan")),
+                    "predicted": {k: v for k, v in _numbers(event.get("predicted")).items() if type(v) is not str},
+                    "leads": event.get("leads") is True,
+                    "of_worker": "worker" in event,
+                    "began": event["time"] if is_figure(event.get("time")) else 0.0,
+                }
+            )
         if sessions:
             sessions[-1].update(_figures(event))
             if event.get("event") == "checkpointed" and is_figure(event.get("time")):
