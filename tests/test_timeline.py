@@ -119,5 +119,12 @@ def test_a_long_session_on_a_device_counts_all_of_its_time(monkeypatch: pytest.M
     assert found.busy_s("kernel") == pytest.approx(0.5 * (1_000 - 20), abs=1)
     device.synchronize()
     assert found.busy_s("kernel") == 0.5 * 1_000
+    ticks = iter([device.now + 1, device.now + 3, device.now + 2, device.now + 5])  # on two streams at the same time
+    monkeypatch.setattr(device, "tick", lambda: next(ticks))
+    for _ in range(2):
+        with found.on_device("kernel"):
+            pass
+    device.done = device.now + 5
+    assert found.busy_s("kernel") == 0.5 * 1_000 + 4
     assert len(found._on_device) == 10
     assert not found._pending

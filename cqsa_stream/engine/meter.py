@@ -101,13 +101,13 @@ class Meter:
         self._driver_highest = self._reserved = 0
         self._session_flops = 0
         self._timeline: Timeline | None = None
-        self._readers = 1
+        self._readers = self._writers = 1
         self._others: dict[str, int] = dict.fromkeys(_MOVED, 0)
         self.restart([])
 
-    def timing(self, timeline: Timeline, readers: int) -> "Meter":
-        """Tell how busy the stages were, too, so many readers at a time."""
-        self._timeline, self._readers = timeline, readers
+    def timing(self, timeline: Timeline, readers: int, writers: int) -> "Meter":
+        """Tell how busy the stages were, too: so many readers and writers work at the same time."""
+        self._timeline, self._readers, self._writers = timeline, readers, writers
         return self
 
     def since(self, host: HostPeak) -> "Meter":
@@ -161,7 +161,7 @@ class Meter:
             kernel_s=busy("kernel"),
             copy_s=busy("copy"),
             read_s=busy("read") / self._readers,
-            write_s=busy("write") + busy("commit"),
+            write_s=busy("write") / self._writers + busy("commit"),
         )
 
     def _ask_the_driver(self) -> None:

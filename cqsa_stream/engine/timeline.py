@@ -35,6 +35,7 @@ class Timeline:
         self._spans: list[Span] = []
         self._on_device: list[tuple[str, str, Tick, Tick]] = []
         self._pending: deque[tuple[str, str, Tick, Tick]] = deque()  # not yet summed up
+        self._until: dict[str, float] = {}  # the end of what was summed up, of each kind on the device
         self._seconds: dict[str, float] = {}
         self._adding = threading.Lock()
 
@@ -69,10 +70,13 @@ class Timeline:
         return self._seconds.get(kind, 0.0)
 
     def _sum_up(self) -> None:
-        """Add up what the device has done by now."""
+        """Add up what the device has done by now: what its streams do at the same time counts once."""
         while self._pending and self._device.has_passed(self._pending[0][3]):
             kind, _, start, stop = self._pending.popleft()
-            self._add(kind, self._device.between_s(start, stop))
+            start_s, stop_s = (self._device.between_s(self._first, tick) for tick in (start, stop))
+            since = max(start_s, self._until.get(kind, 0.0))
+            self._add(kind, max(0.0, stop_s - since))
+            self._until[kind] = max(since, stop_s)
 
     def _add(self, kind: str, seconds: float) -> None:
         with self._adding:

@@ -163,7 +163,8 @@ class Session:
         meter = Meter(problem, plan.grid, self.arrays, place.store, place.sink, device).since(self.host)
         with self.stop, device.current():
             timeline = Timeline(device)
-            meter.timing(timeline, min(device.habits.reads_at_a_time, plan.layout.in_flight))
+            habits = device.habits
+            meter.timing(timeline, min(habits.reads_at_a_time, plan.layout.in_flight), habits.writers)
             job = Job(
                 problem=problem,
                 plan=plan,
