@@ -129,7 +129,10 @@ def _rule(words: Mapping[str, Any], shape: tuple[int, ...]) -> Rule:
     parts = [given or FULL, CAUSAL if words["is_causal"] else FULL, FULL if window is None else last_keys(window)]
     for name, kind in (("documents", Documents), ("chunked", Chunked), ("prefix", Prefix)):
         if words.get(name) is not None:
-            parts.append(kind(words[name]))
+            try:
+                parts.append(kind(words[name]))
+            except InputError as error:
+                raise InputError(f"{name} {words[name]!r}: {str(error).removeprefix('mask: ')}") from error
     if words.get("attn_mask") is not None:
         start = parse_number("q_start", words["q_start"])
         parts.append(from_dense(words["attn_mask"], start, shape))

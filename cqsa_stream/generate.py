@@ -4,12 +4,14 @@ The numbers depend on the seed and on their place alone, never on how the arrays
 of a head has a counter-based generator (Philox) of its own.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 from cqsa_stream.errors import InputError
 from cqsa_stream.problem import DTYPES
+from cqsa_stream.schedulers.units import size_text
 from cqsa_stream.storage.atomic import make_directory
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.output import create_array, write
@@ -54,6 +56,12 @@ def generate(
     for path in paths:
         if path.exists():
             raise InputError(f"{path} exists; name another directory")
+    needed = batch * tokens * head_dim * DTYPES[dtype] * (heads + 2 * kv_heads)
+    free = shutil.disk_usage(next(p for p in (directory, *directory.absolute().parents) if p.exists())).free
+    if codec != "zstd" and needed > free:
+        raise InputError(
+            f"{directory}: {size_text(needed)} needed, {size_text(free)} free; make room, or generate less"
+        )
     if chunk_tokens is None:
         chunk_tokens = max(1, _CHUNK_BYTES // (head_dim * DTYPES[dtype]))
     make_directory(directory)

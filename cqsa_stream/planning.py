@@ -13,6 +13,7 @@ from cqsa_stream.kernels.choose import kernel_of, merges_at_once
 from cqsa_stream.kernels.contract import Kernel, KernelChoice
 from cqsa_stream.machine.budgets import FREE_SHARE, describe
 from cqsa_stream.machine.device import Device, device_of
+from cqsa_stream.machine.habits import CUDA, HOST
 from cqsa_stream.operations.forward import forward_sums
 from cqsa_stream.options import Options
 from cqsa_stream.problem import Problem, dtype_bytes
@@ -131,13 +132,21 @@ def refuse_over_budget(plan: Plan) -> None:
     if plan.crew is not None and plan.crew.workers > 1:
         lines = [
             f"no plan fits: host memory {allowed:.1f} MiB allowed to each of {plan.crew.workers} workers; the smallest "
-            f"that would do: {host} MiB for each"
+            f"that would do: {host} MiB for each, {_crew_host(plan, host)}"
         ]
     if plan.device_allowed_bytes is not None:
         lines.append(f'device memory {plan.device_allowed_bytes / 2**20:.1f} MiB allowed; device_memory="{device}MiB"')
     if plan.least.pageable["output"]:
         lines.append("the output stays in memory: name a path for it (out) to need less")
     raise BudgetError("; ".join(lines))
+
+
+def _crew_host(plan: Plan, host_mib: int) -> str:
+    """Say which budget gives each worker so much: local workers share it with the process that leads them."""
+    assert plan.crew is not None
+    leading = (HOST if plan.layout.in_place else CUDA).host_reserved_bytes // 2**20
+    total = host_mib * plan.crew.workers + leading
+    return f'which is host_memory="{total}MiB" for workers of this machine together, "{host_mib}MiB" for those of Ray'
 
 
 def refuse_what_is_not_there(plan: Plan) -> None:

@@ -94,7 +94,8 @@ def _text(node: ast.expr) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(map(_text, node.values))
     name = ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)
-    return f"<{' '.join(re.sub(r'[^a-z_]', ' ', name.rpartition('.')[2].lower()).split()) or 'value'}>"
+    words = re.sub(r"[^a-z_]", " ", name.rpartition(".")[2].lower()).split()
+    return f"<{words[0]}>" if len(words) == 1 else "<...>"
 
 
 def _cell(text: str) -> str:

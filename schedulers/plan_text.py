@@ -24,7 +24,7 @@ def plan_text(plan: Fields) -> str:
             *_verdict(plan),
             "",
             f"schedule   {plan['schedule']}: {_count(plan['tasks'], 'task')}{quorum}",
-            f"grid       {plan['chunks']} x {plan['column_chunks']} chunks of {plan['chunk_tokens']:,} x "
+            f"grid       {plan['chunks']:,} x {plan['column_chunks']:,} chunks of {plan['chunk_tokens']:,} x "
             f"{plan['column_chunk_tokens']:,} tokens, {_count(plan['pairs'], 'pair')}, "
             f"{amount_text(plan['flops'], 'FLOP')}",
             f"mask       {plan['mask']}: {100 * plan['density']:.3g} % of the scores are visible",
@@ -52,8 +52,12 @@ def _verdict(plan: Fields) -> Iterator[str]:
     if plan["begun"]:
         done, total = plan["begun"]["pairs_done"], plan["begun"]["pairs_total"]
         yield (
-            f"continues: {done:,} of {total:,} pairs are on disk, about {duration_text(plan['seconds_left'])} of "
-            f"{duration_text(plan['seconds'])} left"
+            f"complete: all {total:,} pairs are on disk"
+            if done == total
+            else (
+                f"continues: {done:,} of {total:,} pairs are on disk, about {duration_text(plan['seconds_left'])} of "
+                f"{duration_text(plan['seconds'])} left"
+            )
         )
     yield f"{_fit(plan)}   time about {duration_text(plan['seconds_left'])}{_disk(plan)}"
     for name, projected, free in plan["lacking"]:

@@ -330,3 +330,37 @@ def test_runs_of_an_older_version_are_told_of(cli: Cli, tmp_path: Path) -> None:
     assert cli("report", "o", "--out", "r").returncode == 0
     refused = cli("report", "o", "--out", "d")
     assert (refused.returncode, "holds no report" in refused.stderr) == (2, True)
+
+
+@pytest.mark.usefixtures("data")
+def test_the_budget_that_is_named_for_workers_does(cli: Cli) -> None:
+    refused = cli("plan", *QKV, "o", "--device", "cpu", "--workers", 2, "--host-memory", "24MiB")
+    assert refused.returncode == 4
+    budget = refused.stderr.split("--host-memory ")[1].split()[0]
+    assert cli("plan", *QKV, "o", "--device", "cpu", "--workers", 2, "--host-memory", budget).returncode == 0
+    less = f"{int(budget.removesuffix('MiB')) - 4}MiB"
+    assert cli("plan", *QKV, "o", "--device", "cpu", "--workers", 2, "--host-memory", less).returncode == 4
+
+
+@pytest.mark.usefixtures("data")
+def test_a_run_that_is_only_begun_says_what_computes_it(cli: Cli) -> None:
+    begun = cli("run", *QKV, "o", *CPU, "--max-seconds", "0s")
+    assert begun.returncode == 3
+    assert "cqsa work o computes it" in begun.stderr
+    assert "complete: all" not in cli("plan", *QKV, "o").stdout
+    assert cli("work", "o").returncode == 0
+    assert "complete: all" in cli("plan", *QKV, "o").stdout
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--chunked", 0), ("--prefix", -1), ("--documents", "none.npy")])
+@pytest.mark.usefixtures("data")
+def test_a_mask_that_cannot_be_is_named_by_its_flag(flag: str, value: object, cli: Cli) -> None:
+    found = cli("run", *QKV, "o", f"{flag}={value}")
+    assert found.returncode == 2
+    assert found.stderr.startswith(f"cqsa: {flag} ")
+
+
+def test_inputs_that_the_disk_cannot_hold_are_not_begun(cli: Cli, tmp_path: Path) -> None:
+    found = cli("generate", "d", "--tokens", "1e12", "--heads", 8, "--head-dim", 64)
+    assert (found.returncode, "free; make room" in found.stderr) == (2, True)
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from cqsa_stream.commands.options import AsJson, Device, Fetch, Quiet, RunDir, V
 from cqsa_stream.commands.telling import in_flags, print_data, say
 from cqsa_stream.errors import InputError, RunStopped
 from cqsa_stream.observers.streams import flushed
+from cqsa_stream.schedulers.units import parse_duration
 
 if TYPE_CHECKING:
     from cqsa_stream.run.stopping import Stopper
@@ -149,7 +150,7 @@ def run(
     here = Path.cwd()
     arrays = ", ".join(words[name] for name in ("query", "key", "value"))
     observers = terminal_observers(as_json=as_json, quiet=quiet, verbose=verbose, opening=arrays)
-    with _stoppable(f"the same command resumes {out}", as_json) as stop:
+    with _stoppable(_resuming(out, words["max_seconds"]), as_json) as stop:
         from cqsa_stream.command import Command
         from cqsa_stream.executors.choose import crew_of
         from cqsa_stream.run.durable import compute
@@ -165,6 +166,14 @@ def run(
     where = command.target.run_dir
     shown = where.relative_to(here) if where.is_relative_to(here) else where
     _tell_of_the_end(where, f"{out} is complete (run directory {shown})", as_json=as_json, quiet=quiet)
+
+
+def _resuming(out: str, max_seconds: str | None) -> str:
+    """Say what goes on with a run that was stopped: where no time was allowed, the same command would do nothing."""
+    with suppress(ValueError):
+        if max_seconds is not None and parse_duration(max_seconds) == 0:
+            return f"cqsa work {out} computes it, and so does the same command without --max-seconds"
+    return f"the same command resumes {out}"
 
 
 @contextmanager
@@ -204,7 +213,7 @@ def _result(run_dir: Path) -> dict[str, Any]:
         "type": "result",
         "output": str(found.directory.output_path(found.manifest)),
         "lse": str(found.directory.lse_path(found.manifest)),
-        "run_dir": str(run_dir),
+        "run_dir": str(run_dir.absolute()),
         "shape": list(found.manifest.problem.out_shape),
         "dtype": found.manifest.problem.out_dtype,
         "complete": status["complete"],

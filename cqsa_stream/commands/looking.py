@@ -127,5 +127,5 @@ def bench(device: Device = None, as_json: AsJson = False) -> None:
     chosen = device_of(device or "auto")
     found = measure(chosen, Path.cwd(), say)
     path = found.save(chosen)
-    print_data(found.to_json().decode().strip() if as_json else found)
+    print_data(json.dumps(json.loads(found.to_json())) if as_json else found)
     say(f"kept in {path}")

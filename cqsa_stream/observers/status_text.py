@@ -73,7 +73,7 @@ def map_lines(pairs: Map) -> list[str]:
     """Draw the map of pairs: query chunks down, key chunks across."""
     wide = 2 if len(pairs[0]) <= _WIDE else 1
     return [
-        "pairs of query chunks (down) and key chunks (across): █ done, ▒ in part, · to do",
+        "pairs of query chunks (down) and key chunks (across): █ done, ░▒▓ in part, · to do",
         *("".join(_cell(part) * wide for part in row).rstrip() for row in pairs),
     ]
 
@@ -98,7 +98,6 @@ def verification_text(found: dict[str, Any]) -> str:
         ("lse_max_abs_error", f"{found['lse_max_abs_error']:.2e}"),
         ("damaged_rows", str(found["damaged_rows"])),
         ("not_finite_rows", str(found["not_finite_rows"])),
-        ("ok", f"{found['ok']}"),
     ]
     return "\n".join([f"verification: {verdict}", *_table(rows)])
 

@@ -61,7 +61,8 @@ def terminal_observers(*, as_json: bool, quiet: bool, verbose: bool, opening: st
 
 
 def shown(progress: object) -> tuple[Observer, ...]:
-    """Return what draws the progress of a call: a bar, in a notebook one of its own; nothing where it is not wanted.
+    """Return what shows the progress of a call: a bar on a terminal, in a notebook one of its own, else lines; nothing
+    where it is not wanted.
 
     Raises InputError where ``progress`` is no flag.
     """
@@ -71,4 +72,5 @@ def shown(progress: object) -> tuple[Observer, ...]:
         return ()
     from tqdm.auto import tqdm
 
-    return (ProgressBar(sys.stderr, tqdm),)
+    notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+    return (ProgressBar(sys.stderr, tqdm) if notebook or sys.stderr.isatty() else PlainLines(sys.stderr),)

@@ -41,7 +41,7 @@ def _page(story: Story, made: Sequence[Picture]) -> str:
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(story.name)}: cqsa report</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-            f"<h1>{escape(story.name)}</h1>\n<p>{escape(story.problem)}</p>",
+            f"<h1>{escape(story.name)}</h1>\n<p>{escape(story.problem)}</p>\n<p>{escape(story.made)}</p>",
             *_sections(story, made),
             "</body>\n</html>\n",
         ]

@@ -50,6 +50,7 @@ def _drawn(name: str, title: str, alt: str, draw: Callable[[Figure], None], heig
     with mpl.rc_context({"font.size": 11, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK}):
         figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
         draw(figure)
+        figure.suptitle(title, fontsize=12)
         file = io.BytesIO()
         figure.savefig(file, format="png")
     return Picture(name, title, alt, file.getvalue())

@@ -30,11 +30,12 @@ class Sample:
 class Story:
     """``status`` and ``plan`` as their commands print them; ``samples`` and ``spans`` are of the last session.
 
-    ``verification``: its figures, or why there are none.
+    ``made``: by what, where and when. ``verification``: its figures, or why there are none.
     """
 
     name: str
     problem: str
+    made: str
     status: dict[str, Any]
     plan: dict[str, Any]
     pairs: Map

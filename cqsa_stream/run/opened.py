@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorstore as ts
 
+from cqsa_stream import __version__
 from cqsa_stream.command import Command, Target, local_path
 from cqsa_stream.engine.meter import Progress
 from cqsa_stream.errors import ArrayError, CqsaError, InputError
@@ -187,6 +188,7 @@ class Run:
     def _story(self) -> Story:
         """Return what a report tells."""
         started = last_session(self.directory.events())
+        device = self.directory.state(self.manifest.problem).options.device
         try:
             verification: dict[str, Any] | str = asdict(self.verify(rows=_ROWS_REPORTED))
         except CqsaError as error:
@@ -194,6 +196,7 @@ class Run:
         return Story(
             name=self.directory.output_path(self.manifest).name,
             problem=str(self.manifest.problem),
+            made=f"cqsa-stream {__version__}, {time.strftime('%Y-%m-%d %H:%M')}; computed on {device or 'no device'}",
             status=self.status(durable=False),
             plan=started[0].get("plan") or {} if started else {},
             pairs=self.pairs(64, 64),

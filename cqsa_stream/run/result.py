@@ -1,5 +1,6 @@
 """The result of a run, as torch, numpy and xarray have it."""
 
+import operator
 import os
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,12 @@ class Result:
     def xarray(self, queries: tuple[int, int] | None = None) -> Any:
         """Return an ``xarray.DataArray`` with named axes; ``lse`` is a coordinate of it where the run is there.
 
-        Raises ImportError without xarray.
+        Raises InputError without xarray.
         """
-        import xarray
+        try:
+            import xarray
+        except ImportError as error:
+            raise InputError(f"xarray: {error}; install it (pip install xarray)") from error
 
         coordinates = {} if self.run is None else {"lse": (DIMENSIONS[:3], self.lse(queries))}
         return xarray.DataArray(self.numpy(queries), dims=DIMENSIONS, coords=coordinates, name="output")
@@ -99,7 +103,10 @@ def _rows(array: ts.TensorStore, queries: tuple[int, int] | None) -> ts.TensorSt
     """Return some of the rows. Raises InputError where there are none such."""
     if queries is None:
         return array
-    first, stop = queries
+    try:
+        first, stop = map(operator.index, queries)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"queries {queries!r}; expected two whole numbers, as (0, 1000)") from error
     if not 0 <= first < stop <= array.shape[2]:
         raise InputError(f"queries {first}:{stop}; expected 0 <= A < B <= {array.shape[2]} (the rows of the result)")
     return array[:, :, first:stop][ts.d[:].translate_to[0]]

@@ -186,7 +186,7 @@ class Session:
             reason = "done"
             try:
                 if self.options.limit_s == 0:
-                    raise RunStopped("nothing is computed within 0 s (max_seconds)")
+                    raise RunStopped("the run is begun, and nothing is computed (max_seconds=0)")
                 place.work(job)
             except BaseException as error:
                 reason = f"{type(error).__name__}: {error}"

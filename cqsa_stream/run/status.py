@@ -68,7 +68,7 @@ def status(directory: RunDirectory, manifest: Manifest, covers: list[dict[int, i
         "bytes_read": summed("bytes_read"),
         "bytes_written": summed("bytes_written"),
         **{name: highest(name) for name in _PEAKS},
-        **{name: plan.get(name) for name in _PLANNED},
+        **{name: plan[name] * _led(last) if is_figure(plan.get(name)) else None for name in _PLANNED},
         "sessions": len(every),
         "checkpoint_s": max(0.0, time.time() - last["checkpointed"]) if last["checkpointed"] else None,
         "pid": pid,
@@ -101,6 +101,11 @@ def _last(every: list[dict[str, Any]]) -> dict[str, Any]:
     ends = max(session["began"] + session["session_s"] for session in crew)
     alone = crew[0]["predicted"] if len(crew) == 1 else {}  # what a plan tells is of one at a time
     return {**crew[-1], **together, "session_s": ends - crew[0]["began"], "predicted": alone}
+
+
+def _led(last: dict[str, Any]) -> int:
+    """Return how many workers the session led: a plan tells what each of them holds, the figures what all do."""
+    return max(1, int(last["plan"].get("workers") or 1)) if last["leads"] else 1
 
 
 def _predicted(last: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,6 +4,8 @@
 #   cqsa run q.zarr k.zarr v.zarr out.zarr --causal --shares 20 --max-seconds 0
 #   sbatch --array=0-4 examples/slurm/array.sh out.zarr.run
 #
+# Add what your cluster wants: a partition, processors and memory, and a line that activates your environment.
+#
 #SBATCH --job-name=cqsa
 #SBATCH --array=0-4
 #SBATCH --gpus-per-task=1
@@ -13,7 +15,7 @@
 #SBATCH --signal=B:TERM@120
 set -u
 
-cqsa work "$1" --quiet &
+cqsa work "$1" &
 worker=$!
 trap 'kill -TERM "$worker" 2>/dev/null' TERM # the end of our time is near: stop at the next safe point
 wait "$worker"

@@ -6,7 +6,10 @@
 # Slurm sends SIGTERM two minutes before the limit. cqsa then stops at its next checkpoint and ends with exit code 3,
 # "stopped, resumable", and the job puts itself back into the queue. Any other code ends it: 0 is done.
 #
+# Add what your cluster wants: a partition, processors and memory, and a line that activates your environment.
+#
 #SBATCH --job-name=cqsa
+#SBATCH --gpus=1
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
