@@ -56,7 +56,7 @@ def test_torchs_function_is_back_whatever_happened() -> None:
     q = normal(1, 1, 10, 16).requires_grad_()
     refused: list[tuple[dict[str, Any], str]] = [({}, "requires grad"), ({"dropout_p": 0.1}, "requires grad|dropout")]
     for words, said in refused:
-        with cqsa.patch_sdpa(), pytest.raises(cqsa.InputError, match=said):
+        with torch.enable_grad(), cqsa.patch_sdpa(), pytest.raises(cqsa.InputError, match=said):
             functional.scaled_dot_product_attention(q, q, q, **words)
         assert functional.scaled_dot_product_attention is before
     with pytest.raises(cqsa.InputError, match="leave it out"), cqsa.patch_sdpa(out="x"):
