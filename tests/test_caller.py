@@ -635,6 +635,7 @@ def test_two_calls_at_a_time_keep_the_precision(monkeypatch: pytest.MonkeyPatch)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.set_grad_enabled(True)  # what is nested in no order, in one thread, leaves it as the first had set it
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-42])
