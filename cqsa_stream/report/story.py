@@ -30,7 +30,7 @@ class Sample:
 class Story:
     """``status`` and ``plan`` as their commands print them; ``samples`` and ``spans`` are of the last session.
 
-    ``made``: by what, where and when. ``verification``: its figures, or why there are none.
+    ``made``: when, and where the run was computed. ``verification``: its figures, or why there are none.
     """
 
     name: str

@@ -11,7 +11,6 @@ from typing import Any
 
 import tensorstore as ts
 
-from cqsa_stream import __version__
 from cqsa_stream.command import Command, Target, local_path
 from cqsa_stream.engine.meter import Progress
 from cqsa_stream.errors import ArrayError, CqsaError, InputError
@@ -196,7 +195,7 @@ class Run:
         return Story(
             name=self.directory.output_path(self.manifest).name,
             problem=str(self.manifest.problem),
-            made=f"cqsa-stream {__version__}, {time.strftime('%Y-%m-%d %H:%M')}; computed on {device or 'no device'}",
+            made=f"made {time.strftime('%Y-%m-%d %H:%M')}; last computed on {device or 'no device'}",
             status=self.status(durable=False),
             plan=started[0].get("plan") or {} if started else {},
             pairs=self.pairs(64, 64),
