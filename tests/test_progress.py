@@ -208,3 +208,13 @@ def test_python_dash_m() -> None:
     bare = subprocess.run([*COMMAND], capture_output=True, text=True, check=True, env=environment())
     assert "  plan " in bare.stdout
     assert len(bare.stdout.splitlines()) > 15
+
+
+def test_verbose_begins_with_the_plan(cli: Cli) -> None:
+    assert cli("generate", "d", "--tokens", 500, "--heads", 1, "--head-dim", 16).returncode == 0
+    words = ("run", "d/q.zarr", "d/k.zarr", "d/v.zarr", "o", "--device", "cpu")
+    said = cli(*words, "-v").stderr
+    assert "candidate" in said
+    assert said.count("query 1 x 1 heads") == 1, "the plan begins with it"
+    assert "limited by" in said
+    assert "candidate" not in cli(*words, "--fresh").stderr

@@ -1,6 +1,5 @@
 """What the commands print: plans, status, messages; as text and as JSON."""
 
-import ast
 import io
 import json
 import re
@@ -13,14 +12,12 @@ import pytest
 
 import cqsa_stream as cqsa
 from cqsa_stream.commands.options import FLAGS, RUN_OPTIONS
-from cqsa_stream.commands.telling import in_flags
 from cqsa_stream.observers.screen import Screen
 from cqsa_stream.observers.status_text import map_lines
 from cqsa_stream.run.pair_map import pair_map
 from cqsa_stream.schedulers.grid import Axis, Grid
 from cqsa_stream.schedulers.masks.window import CAUSAL, FULL
 from tests.conftest import ROOT, Cli, environment, stopping_after
-from tests.test_package import modules
 
 QKV = ("d/q.zarr", "d/k.zarr", "d/v.zarr")
 CPU = ("--device", "cpu", "--host-memory", "64MiB")
@@ -200,49 +197,6 @@ def test_the_map_of_a_large_grid_is_small() -> None:
     found = pair_map(grid, [{}], 24, 64)
     assert (len(found), {len(row) for row in found}) == (24, {64})
     assert {part for row in found for part in row} == {0.0}
-
-
-def test_messages_name_options_as_python_does() -> None:
-    """The command line makes flags of them: no message may name a flag itself, but for what only it has."""
-    allowed = ("--shape", "--worker", "python -m")
-    for installed, path in modules().items():
-        if installed.startswith("cqsa_stream/commands"):
-            continue
-        for node in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Raise | ast.Call)):
-            told = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "warning"
-            if isinstance(node, ast.Raise) or told:
-                parts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
-                flags = {flag for part in parts if isinstance(part, str) for flag in re.findall(r"--[a-z]+", part)}
-                assert flags <= set(allowed), f"{path}:{node.lineno}"
-
-
-@pytest.mark.parametrize(
-    ("python", "flags"),
-    [
-        ('no plan fits; the smallest: host_memory="48MiB"', "no plan fits; the smallest: --host-memory 48MiB"),
-        ("start anew with fresh=True", "start anew with --fresh"),
-        ("or take fill_missing=True.", "or take --fill-missing."),
-        ("queries 5:400; expected 0 <= A", "--queries 5:400; expected 0 <= A"),
-        ("window 0; expected", "--window 0; expected"),
-        ("mask: found a list", "--mask: found a list"),
-        ("checkpoint_every_s -1.0; expected", "--checkpoint-every -1.0; expected"),
-        ("is_causal 3; expected", "--causal 3; expected"),
-        ("take a smaller device_memory", "take a smaller --device-memory"),
-        ("device memory 1.0 MiB allowed", "device memory 1.0 MiB allowed"),
-        ("/tmp/host_memory/x: no such file", "/tmp/host_memory/x: no such file"),
-        ("key: dtype int32; expected", "key: dtype int32; expected"),
-        ('take layout="bthd"', "take --layout bthd"),
-        ("value: /tmp/seed=1/none.zarr: no such file", "value: /tmp/seed=1/none.zarr: no such file"),
-        ("flush failed (fresh=False)", "flush failed (fresh=False)"),
-    ],
-)
-def test_messages_of_the_command_line(python: str, flags: str) -> None:
-    assert in_flags(python) == flags
-
-
-@pytest.mark.parametrize("text", ["worker 1 was killed by SIGKILL", "lse is complete", "address already in use"])
-def test_other_messages_may_begin_with_the_name_of_an_option(text: str) -> None:
-    assert in_flags(text, of_input=False) == text
 
 
 def test_every_option_has_its_flag() -> None:

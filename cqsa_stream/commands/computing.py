@@ -157,10 +157,6 @@ def run(
         from cqsa_stream.run.inputs import refuse_other_inputs
 
         command = Command.of({**words, "out": out}, refuse_other_inputs)
-        if verbose:
-            from cqsa_stream.run.planned import planned
-
-            say(f"the plan:\n{planned(command)}\n")
         compute(command, observers, stop, crew_of)
     assert command.target is not None
     where = command.target.run_dir

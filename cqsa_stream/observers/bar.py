@@ -29,7 +29,7 @@ class ProgressBar:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):
-            for line in begun_lines(event):
+            for line in begun_lines(event, verbose=self._verbose):
                 self._say(line)
             self._begin(event.figures)
         if self._bar is None:

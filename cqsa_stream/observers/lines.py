@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from cqsa_stream.events import Ended, Event, Figures, Started
+from cqsa_stream.schedulers.plan_text import plan_text
 from cqsa_stream.schedulers.units import amount_text, duration_text, size_text, time_text
 
 __all__ = ["PlainLines", "begun_lines", "ended_line", "progress_parts", "share_text", "side_by_side", "stages_text"]
@@ -42,11 +43,11 @@ def stages_text(figures: Figures) -> str:
     return f"limited by {most}: " + ", ".join(f"{name} {share:.0%} busy" for name, share in busy.items())
 
 
-def begun_lines(event: Started) -> list[str]:
-    """Return the problem, and what is on disk of it already."""
+def begun_lines(event: Started, *, verbose: bool = False) -> list[str]:
+    """Return the problem, or the whole plan, which begins with it, and what is on disk already."""
     figures = event.figures
     on_disk = f"resuming: {figures.pairs_done:,} of {figures.pairs_total:,} pairs are on disk"
-    return [event.problem, *([on_disk] if figures.pairs_done else [])]
+    return [plan_text(event.plan) if verbose else event.problem, *([on_disk] if figures.pairs_done else [])]
 
 
 def ended_line(event: Ended) -> str:
@@ -88,7 +89,7 @@ class PlainLines:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):
-            for line in begun_lines(event):
+            for line in begun_lines(event, verbose=self._verbose):
                 self._print(line)
         elif self._clock() - self._last >= self._every_s or isinstance(event, Ended):
             why = f"   ({event.why})" if isinstance(event, Ended) and event.reason != "done" else ""

@@ -11,6 +11,7 @@ import torch
 
 from cqsa_stream.command import local_path
 from cqsa_stream.errors import ArrayError, InputError
+from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.opened import Run, run_place
 from cqsa_stream.storage.dtypes import ML_DTYPES
 from cqsa_stream.storage.open import open_array
@@ -26,23 +27,28 @@ def open_result(path: str | os.PathLike[str]) -> "Result":
     """
     named = local_path(path)
     place = run_place(named)
-    run = Run(place) if (place / "run.json").exists() else None
-    if run is None and not holds_array(named):
-        raise InputError(f"{named}: no result and no run directory; name the output of a run, as out.zarr")
-    if run is not None:
-        status = run.status(durable=False)
-        if not status["complete"]:
-            done = f"{status['rows_done']} of {status['rows_total']} row chunks are finished"
-            raise InputError(f"{named}: {done}; resume the run first, with the command that began it")
-    if run is None:
-        array = open_array(named)
-        if len(array.shape) != len(DIMENSIONS):
-            raise InputError(f"{named}: {len(array.shape)} axes; expected the output of a run, {list(DIMENSIONS)}")
-        try:
-            array.check()
-        except ArrayError as error:
-            raise InputError(f"{named}: not complete ({error}); resume the run first, or name its directory") from error
-    return Result(named if run is None else run.directory.output_path(run.manifest), run)
+    if not RunDirectory(place).begun:
+        _refuse_what_is_no_output(named)
+        return Result(named, None)
+    run = Run(place)
+    status = run.status(durable=False)
+    if not status["complete"]:
+        done = f"{status['rows_done']} of {status['rows_total']} row chunks are finished"
+        raise InputError(f"{named}: {done}; resume the run first, with the command that began it")
+    return Result(run.directory.output_path(run.manifest), run)
+
+
+def _refuse_what_is_no_output(path: Path) -> None:
+    """Raise InputError where no array is, or one of other axes, or one that lacks stored chunks."""
+    if not holds_array(path):
+        raise InputError(f"{path}: no result and no run directory; name the output of a run, as out.zarr")
+    array = open_array(path)
+    if len(array.shape) != len(DIMENSIONS):
+        raise InputError(f"{path}: {len(array.shape)} axes; expected the output of a run, {list(DIMENSIONS)}")
+    try:
+        array.check()
+    except ArrayError as error:
+        raise InputError(f"{path}: not complete ({error}); resume the run first, or name its directory") from error
 
 
 class Result:
