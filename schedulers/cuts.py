@@ -19,17 +19,28 @@ def cuts(request: Request, machine: Machine) -> list[tuple[Axis, Axis]]:
     if request.grid is not None:
         return [(request.grid.rows, request.grid.columns)]
     if request.same_positions:
-        found = [Axis.cut(request.keys, c, machine.turn) for c in _same_position_chunks(request, machine)]
-        return [(axis, axis) for axis in found]
+        whole = _whole_tokens(request)
+        units = [machine.turn] if whole == 1 else [machine.turn, whole]
+        found = [Axis.cut(request.keys, c, unit) for c in _same_position_chunks(request, machine) for unit in units]
+        return [(axis, axis) for axis in dict.fromkeys(found)]
     numbers = _row_chunks(request, machine)
     return [(Axis.cut(request.queries, c, machine.turn), _columns(request, machine, c)) for c in numbers]
 
 
+def _whole_tokens(request: Request) -> int:
+    """Return how many tokens the stored chunks have that are decompressed for any part of them: a cut inside one of
+    them means that it is read twice.
+    """
+    return max((array.chunk_tokens for array in request.arrays if array.encoding == "compressed"), default=1)
+
+
 def _columns(request: Request, machine: Machine, rows: int) -> Axis:
-    """Return the columns beside so many row chunks: as long as may be, but enough of them where shares are ranges of
-    columns.
+    """Return the columns beside so many row chunks: as long as may be, in whole compressed chunks, but enough of them
+    where shares are ranges of columns.
     """
     tokens = min(request.keys, machine.habits.column_tokens)
+    if tokens > (whole := _whole_tokens(request)):
+        tokens -= tokens % whole
     if request.work.lanes * rows < request.shares:
         tokens = max(1, min(tokens, request.keys * request.work.lanes // request.shares))
     return Axis(request.keys, tokens, -(-request.keys // tokens))

@@ -67,9 +67,12 @@ class Rectangular:
         return NEVER if row is None else row // self.rows_per_task
 
     def found_again(self, slots: float) -> float:
-        """What the task before has streamed last is still there, as far as this one streams it, too."""
+        """What the task before has streamed last is still there, as far as this one streams it, too; before the first
+        there is none.
+        """
         streamed = [len(self.chunks_of(number)[1]) for number in range(0, len(self), max(1, len(self) // 64))]
-        return sum(min(slots, n) for n in streamed) / max(1, sum(streamed))
+        found = sum(min(slots, n) for n in streamed) / max(1, sum(streamed))
+        return found * (len(self) - 1) / len(self)
 
     def partials_found(self, places: int) -> float:
         return 1.0

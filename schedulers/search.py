@@ -117,15 +117,15 @@ class _Search:
         least, layout = self._least(kind)
         held = self._layouts.footprint(least, layout)
         fitting: list[Plan] = []
-        weighed = 0
+        weighed: set[int] = set()
         for rows, columns in self._axes:
+            if len(weighed) == _WEIGHED and rows.chunks not in weighed:
+                break
             case = Case(kind, rows, columns)
             plans = [self._priced(case, it, held) for it in self._layouts.fitting(case)]
             if plans:  # of each grid one, as if it were given: so a run that has begun finds its layout again
                 fitting.append(_cheapest(plans))
-                weighed += 1
-            if weighed == _WEIGHED:
-                break
+                weighed.add(rows.chunks)
         return _cheapest(fitting) if fitting else self._priced(least, layout, held)
 
     def again(self, name: str, layout: Layout) -> Plan | None:

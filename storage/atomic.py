@@ -35,7 +35,8 @@ __all__ = [
 
 _OWNER = re.compile(r"([0-9a-f]{8})-([0-9a-f]{8})-(\d+)-(\d+)-(\d+)", re.ASCII)
 _NAME = re.compile(r"(.+)\.([0-9a-f]{8}-[0-9a-f]{8}-\d+-\d+-\d+)-[0-9a-f]{16}\.tmp", re.ASCII)
-_durable: set[Path] = set()
+_durable: dict[Path, None] = {}  # the latest of the directories made here: the output has one for each chunk
+_MOST_DURABLE = 64
 
 
 def temporary_name(path: Path) -> Path:
@@ -133,7 +134,8 @@ def replace_file(path: Path, parts: Sequence[Any], guard: Callable[[], object] |
 def make_directory(path: Path) -> None:
     """Create a directory, its parents and their entries, durably. Raises OSError naming it, or FullDiskError.
 
-    The entry of one that is there is made durable, too, once in a process: who made it may have been killed before.
+    The entry of one that is there is made durable, too: who made it may have been killed before. This process does not
+    do it again for the latest ones.
     """
     there = path.is_dir()
     if there and path in _durable:
@@ -146,7 +148,10 @@ def make_directory(path: Path) -> None:
             sync_directory(path.parent)
     except OSError as error:
         raise _failure(error, path, 4096) from error
-    _durable.add(path)
+    _durable[path] = None
+    if len(_durable) > _MOST_DURABLE:
+        with suppress(StopIteration, KeyError):  # several threads write
+            del _durable[next(iter(_durable))]
 
 
 def _failure(error: OSError, path: Path, size: int) -> OSError:

@@ -80,7 +80,7 @@ class Prefetcher:
         self._reads, self._timeline = reads, timeline
         self._arrays, self._device = arrays, device
         memory = pages(layout.slots * layout.slot_bytes).view(layout.slots, -1)
-        self._slots = [_Slot(number, part.numpy()) for number, part in enumerate(memory)]
+        self._slots = [_Slot(number, part) for number, part in enumerate(memory.numpy())]
         self._lock = PageLock(memory, device)
         self._residency = Residency(layout.slots, layout.ring_slots - 1)
         self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each piece that may yet be made ready

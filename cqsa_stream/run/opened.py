@@ -27,7 +27,7 @@ from cqsa_stream.run.inputs import reopen_inputs
 from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.run.outputs import Results
 from cqsa_stream.run.pair_map import pair_map
-from cqsa_stream.run.status import last_session, status
+from cqsa_stream.run.status import last_session, last_verification, status
 from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.storage.open import open_array
 from cqsa_stream.storage.output import open_output
@@ -35,7 +35,7 @@ from cqsa_stream.verification.verify import Verification, verify_rows
 
 __all__ = ["Run", "open_run", "run_place"]
 
-_ROWS_REPORTED = 64
+_ROWS_REPORTED, _KEYS_REPORTED = 64, 2**24
 
 
 def open_run(path: str | os.PathLike[str]) -> "Run":
@@ -155,7 +155,7 @@ class Run:
             out, lse = open_array(self.directory.output_path(self.manifest)), self.lse()
         except ArrayError as error:
             raise CqsaError(f"the output of the run cannot be read: {error}; run the same command again") from error
-        return verify_rows(
+        found = verify_rows(
             problem,
             inputs,
             out,
@@ -167,12 +167,15 @@ class Run:
             rounded_tiles=self.directory.state(problem).rounded_tiles,
             damaged=damaged,
         )
+        self.directory.append_event({"event": "verified", **asdict(found)})
+        return found
 
     def report(self, out: str | os.PathLike[str] | None = None) -> list[Path]:
         """Write a page about the run, and its pictures as PNGs; return their paths, the page first.
 
-        ``out``: a folder, by default beside the run directory. Inputs are read to verify some rows, where they are
-        there. Raises InputError without matplotlib, and where the folder holds something else.
+        ``out``: a folder, by default beside the run directory. Inputs of up to 2^24 keys, over all lanes, are read to
+        verify some rows, where they are there; of more it tells what ``verify`` found last. Raises InputError without
+        matplotlib, and where the folder holds something else.
         """
         try:
             from cqsa_stream.report.page import PAGE, write_report
@@ -188,10 +191,6 @@ class Run:
         """Return what a report tells."""
         started = last_session(self.directory.events())
         device = self.directory.state(self.manifest.problem).options.device
-        try:
-            verification: dict[str, Any] | str = asdict(self.verify(rows=_ROWS_REPORTED))
-        except CqsaError as error:
-            verification = f"not verified: {error}"
         return Story(
             name=self.directory.output_path(self.manifest).name,
             problem=str(self.manifest.problem),
@@ -201,8 +200,19 @@ class Run:
             pairs=self.pairs(64, 64),
             samples=samples_of(started),
             spans=self.directory.timeline(),
-            verification=verification,
+            verification=self._verification(),
         )
+
+    def _verification(self) -> dict[str, Any] | str:
+        """Return what a report tells about exactness, or why it tells nothing."""
+        problem = self.manifest.problem
+        if problem.lanes * problem.keys > _KEYS_REPORTED:
+            asked = "verify the run, then report again"
+            return last_verification(self.directory.events()) or f"not verified: too many keys for a report; {asked}"
+        try:
+            return asdict(self.verify(rows=_ROWS_REPORTED))
+        except CqsaError as error:
+            return f"not verified: {error}"
 
     def output(self) -> ts.TensorStore:
         """Return the output array ``[batch, head, token, feature]``, opened for reading."""

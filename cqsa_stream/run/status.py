@@ -10,8 +10,9 @@ from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.run.outputs import Results
 from cqsa_stream.run.shares import Left
+from cqsa_stream.verification.verify import Verification
 
-__all__ = ["is_figure", "last_session", "sessions_of", "status"]
+__all__ = ["is_figure", "last_session", "last_verification", "sessions_of", "status"]
 
 _COMPARED = {  # of the last session: name of what was predicted, and of the figure
     "seconds": "session_s",
@@ -180,6 +181,17 @@ def last_session(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if is_figure(event.get("session_s")):
             plan = event.get("plan")
             found.append({**_figures(event), **({"plan": plan} if isinstance(plan, dict) else {})})
+    return found
+
+
+def last_verification(events: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return what ``verify`` found, if it was asked since the last session; None where it was not."""
+    names, found = Verification.__dataclass_fields__, None
+    for event in events:
+        if event.get("event") == "started":
+            found = None
+        elif event.get("event") == "verified" and all(type(event.get(name)) in (int, float, bool) for name in names):
+            found = {name: event[name] for name in names}
     return found
 
 

@@ -1,10 +1,14 @@
 """Checking a run against float64: sampled rows of what is finished, computed anew from the inputs."""
 
 import math
+import os
 import random
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +25,12 @@ from cqsa_stream.verification.definitions import lowered, scored, seen, with_sin
 
 __all__ = ["Verification", "verify_rows"]
 
-_BLOCK_TOKENS = 4_096
+_BLOCK_TOKENS, _MOST_SCORES = 4_096, 2**20  # of a block: at least, and unless it is the least
 _LEAST_WEIGHT, _SMALL_WEIGHT = 1e-46, 1e-37  # what float32 holds not at all, and in full
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+_MOST_THREADS = 8
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
 _TILE_ROUNDOFF = {**_ROUNDOFF, "float8_e4m3fn": 2.0**-11, "float8_e5m2": 2.0**-11}  # of a GPU kernel's result
 
 
@@ -53,9 +60,10 @@ class Verification:
     ok: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Reference:
-    """Online softmax in float64: ``out`` normalised at the end; ``size`` is the sum of the terms' magnitudes,
+    """Attention to some keys in float64, by rows: ``out`` and ``size``, the sum of the terms' magnitudes, are weighted
+    by ``exp(score - highest)``, the weights add up to ``total``; ``largest`` is the largest magnitude of a score,
     ``not_finite`` the highest score of a key whose value is not finite in a feature.
     """
 
@@ -71,24 +79,35 @@ class _Reference:
         zeros = torch.zeros(rows, value_dim, dtype=torch.float64)
         none = torch.zeros(rows, dtype=torch.float64)
         unseen, never = torch.full_like(none, -torch.inf), torch.full_like(zeros, -torch.inf)
-        return cls(zeros, zeros.clone(), none, unseen, none.clone(), never)
+        return cls(zeros, zeros, none, unseen, none, never)
 
-    def add(self, scores: Tensor, values: Tensor, sizes: Tensor) -> None:
+    @classmethod
+    def of(cls, scores: Tensor, values: Tensor, sizes: Tensor) -> "_Reference":
         """``sizes``: the scores without what depends on distances, which is exact at any of them."""
-        highest = torch.maximum(self.highest, scores.amax(1))
-        shift = highest.masked_fill(highest.isneginf(), 0.0)
-        kept = torch.exp(self.highest - shift)
-        weights = torch.exp(scores - shift[:, None])
+        highest = scores.amax(1)
+        weights = torch.exp(scores - highest.masked_fill(highest.isneginf(), 0.0)[:, None])
         finite = values.isfinite()
-        plain = values.masked_fill(~finite, 0.0)
-        self.out = self.out * kept[:, None] + weights @ plain
-        self.size = self.size * kept[:, None] + weights @ plain.abs()
-        self.total = self.total * kept + weights.sum(1)
-        self.highest = highest
-        self.largest = torch.maximum(self.largest, sizes.abs().masked_fill(sizes.isinf(), 0.0).amax(1))
-        for feature in (~finite).any(0).nonzero()[:, 0]:
-            met = scores[:, ~finite[:, feature]].amax(1)
-            self.not_finite[:, feature] = torch.maximum(self.not_finite[:, feature], met)
+        never = torch.full((len(scores), values.shape[1]), -torch.inf, dtype=torch.float64)
+        if not finite.all():
+            for feature in (~finite).any(0).nonzero()[:, 0]:
+                never[:, feature] = scores[:, ~finite[:, feature]].amax(1)
+            values = values.masked_fill(~finite, 0.0)
+        largest = sizes.abs().masked_fill(sizes.isinf(), 0.0).amax(1)
+        return cls(weights @ values, weights @ values.abs(), weights.sum(1), highest, largest, never)
+
+    def with_more(self, other: "_Reference") -> "_Reference":
+        """Return attention to the keys of both."""
+        highest = torch.maximum(self.highest, other.highest)
+        shift = highest.masked_fill(highest.isneginf(), 0.0)
+        a, b = torch.exp(self.highest - shift), torch.exp(other.highest - shift)
+        return _Reference(
+            self.out * a[:, None] + other.out * b[:, None],
+            self.size * a[:, None] + other.size * b[:, None],
+            self.total * a + other.total * b,
+            highest,
+            torch.maximum(self.largest, other.largest),
+            torch.maximum(self.not_finite, other.not_finite),
+        )
 
     def finished(self, terms: Terms, heads: Tensor, i: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (out, lse, cancellation, where a value of too little weight for float32 leaves any number right), with
@@ -225,18 +244,46 @@ def _reference(problem: Problem, arrays: dict[str, TokenArray], lane: int, chose
     )
     positions = _positions(problem, chosen)
     of_rows, parts = torch.tensor([heads[h] for h, _ in chosen]), described(problem.rule)
-    reference = _Reference.empty(len(chosen), problem.value_dim)
-    for start in range(0, problem.keys, _BLOCK_TOKENS):
-        tokens = range(start, min(start + _BLOCK_TOKENS, problem.keys))
-        j = torch.arange(tokens.start, tokens.stop)
+
+    def of_block(block: tuple[Tensor, Tensor]) -> _Reference:
+        j, sees = block
+        tokens = range(int(j[0]), int(j[-1]) + 1)
+        keys, values = (_read(arrays[name], batch, kv_head, tokens) for name in ("key", "value"))
+        products = ((queries * problem.scale) @ keys.T).masked_fill(~sees, -torch.inf)
+        scores = scored(products, problem.terms, of_rows, positions, j, problem.keys).masked_fill(~sees, -torch.inf)
+        plain = scored(products, replace(problem.terms, alibi_slopes=None), of_rows, positions, j, problem.keys)
+        return _Reference.of(scores, values, plain.masked_fill(~sees, -torch.inf))
+
+    parts_of_it = _in_threads(of_block, _seen_blocks(problem, arrays, parts, positions))
+    return reduce(_Reference.with_more, parts_of_it, _Reference.empty(len(chosen), problem.value_dim))
+
+
+def _seen_blocks(
+    problem: Problem, arrays: dict[str, TokenArray], parts: list[dict[str, Any]], positions: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield blocks of keys of which a query sees some: their positions ``[k]``, and which each query sees ``[q, k]``.
+
+    A block is a stored chunk, which is read whole, where its scores do not take too much memory.
+    """
+    stored = max(arrays[name].stored_chunk[2] for name in ("key", "value"))
+    size = max(_BLOCK_TOKENS, min(stored, _MOST_SCORES // len(positions)))
+    for start in range(0, problem.keys, size):
+        j = torch.arange(start, min(start + size, problem.keys))
         sees = seen(parts, positions, j)
         if sees.any():
-            keys, values = (_read(arrays[name], batch, kv_head, tokens) for name in ("key", "value"))
-            products = ((queries * problem.scale) @ keys.T).masked_fill(~sees, -torch.inf)
-            scores = scored(products, problem.terms, of_rows, positions, j, problem.keys).masked_fill(~sees, -torch.inf)
-            plain = scored(products, replace(problem.terms, alibi_slopes=None), of_rows, positions, j, problem.keys)
-            reference.add(scores, values, plain.masked_fill(~sees, -torch.inf))
-    return reference
+            yield j, sees
+
+
+def _in_threads(compute: Callable[[_Item], _Found], items: Iterator[_Item]) -> Iterator[_Found]:
+    """Yield what is computed of each item, in order, by as many threads as may work at a time."""
+    count = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(count) as threads:
+        coming: deque[Future[_Found]] = deque()
+        for item in items:
+            coming.append(threads.submit(compute, item))
+            if len(coming) > count:
+                yield coming.popleft().result()
+        yield from (future.result() for future in coming)
 
 
 def _read(array: TokenArray, batch: int, head: int, tokens: range) -> Tensor:

@@ -30,6 +30,7 @@ __all__ = [
 FILE_HEADER_BYTES = 4096  # of the file of a partial
 PAGE_BYTES = 4096
 _LINE_BYTES = 64  # of a processor's cache
+_SLOT_OBJECTS_BYTES = 3 << 10  # kept of a buffer besides it: where it is, what stands in it, who waits for it
 _SEGMENT = 2 << 20
 _MOST = 1 << 48
 
@@ -214,6 +215,7 @@ def footprint(
         "reading": layout.in_flight * work.staging_bytes + work.kept_bytes,
         "writing": habits.writers * writing,
         "output": work.resident_output_bytes,
+        "buffers' objects": layout.slots * _SLOT_OBJECTS_BYTES,
         "reserved": host_reserved,
     }
     if work.merged_shares:  # two partials, when no task holds any
