@@ -3,10 +3,10 @@
     python examples/billion/genome.py DIR [--tokens 2^30] [--queries 1024] [--head-dim 32] [--processes 2]
 
 A token is a position of the sequence; its row is that of the six letters from there on, in a table of 4,096 rows, times
-a factor that changes from block to block of 16,384 tokens. As in a genome, a block repeats itself: it is made of pieces,
-100 to 500 letters each, of a motif of 1,000 letters that it shares with 63 neighbours, and 0.3 % of the letters are
-mutated. So zstd stores the rows in a small fraction of their size, and attention is far from uniform: a query weighs
-the keys of its own six letters most. Killed and called again, it goes on: a stored chunk that is there is whole.
+a factor that changes from block to block of 16,384 tokens. As in a genome, a block repeats itself: it is made of
+pieces, 100 to 500 letters each, of a motif of 1,000 letters that it shares with 63 neighbours, and 0.3 % of the letters
+are mutated. So zstd stores the rows in a small fraction of their size, and attention is far from uniform: a query
+weighs the keys of its own six letters most. Killed and called again, it goes on: a stored chunk that is there is whole.
 """
 
 import argparse
@@ -92,7 +92,13 @@ def _stored(folder: Path, name: str, begin: int, at: int) -> bool:
 
 
 def write(
-    folder: Path, tokens: int, queries: int | None, head_dim: int, dtype: str, processes: int, streams: Sequence[str] = "qkv"
+    folder: Path,
+    tokens: int,
+    queries: int | None,
+    head_dim: int,
+    dtype: str,
+    processes: int,
+    streams: Sequence[str] = "qkv",
 ) -> float:
     """Write q.zarr (the last ``queries`` tokens; None: all), k.zarr and v.zarr; return the seconds that it took."""
     begin = time.perf_counter()
@@ -126,7 +132,9 @@ def main() -> None:
     for name in "qkv":
         rows = given.queries if name == "q" and given.queries else given.tokens
         plain, stored = rows * given.head_dim * 2, stored_bytes(given.folder / f"{name}.zarr")
-        print(f"{name}.zarr: {rows:,} rows of {given.head_dim} {given.dtype}, {stored / 1e9:.2f} of {plain / 1e9:.2f} GB")
+        print(
+            f"{name}.zarr: {rows:,} rows of {given.head_dim} {given.dtype}, {stored / 1e9:.2f} of {plain / 1e9:.2f} GB"
+        )
     print(f"generated in {took:.0f} s by {given.processes} processes")
 
 

@@ -38,7 +38,15 @@ def main() -> None:
 
     out = folder / "out.zarr"
     arrays = [folder / f"{name}.zarr" for name in "qkv"] + [out]
-    how = ["--causal", "--q-start", tokens - given.queries, "--device", given.device, "--host-memory", given.host_memory]
+    how = [
+        "--causal",
+        "--q-start",
+        tokens - given.queries,
+        "--device",
+        given.device,
+        "--host-memory",
+        given.host_memory,
+    ]
     log.cqsa("plan", *arrays, *how)
     often = ["--checkpoint-every", given.checkpoint_every]
     for kill in range(given.kills):
@@ -60,7 +68,9 @@ def main() -> None:
         status_s=ran.seconds,
     )
     checked, ran = log.json("verify", out, "--rows", given.rows)
-    log.figure(verifying_s=ran.seconds, **{name: checked[name] for name in ("rows", "max_relative_error", "tolerance", "ok")})
+    log.figure(
+        verifying_s=ran.seconds, **{name: checked[name] for name in ("rows", "max_relative_error", "tolerance", "ok")}
+    )
     log.keep(Path(f"{out}.run/events.jsonl"))
     log.keep_report(out)
     log.say("the whole slice is exact: killed, resumed, verified")

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: commands run and timed as processes of their own, killed, and kept in a log."""
+"""What the scripts of this folder share: commands run, timed and killed as processes of their own, and their log."""
 
 import json
 import os
@@ -55,7 +55,9 @@ class Log:
         (self._folder / "figures.json").write_text(json.dumps(self._figures, indent=1) + "\n")
         self.say("   " + ", ".join(f"{name} {_short(value)}" for name, value in figures.items()))
 
-    def cqsa(self, *words: object, codes: Sequence[int] = (0,), kill_at: float | None = None, quiet: bool = False) -> Ran:
+    def cqsa(
+        self, *words: object, codes: Sequence[int] = (0,), kill_at: float | None = None, quiet: bool = False
+    ) -> Ran:
         """Run a command of cqsa; its stderr goes to the log, stdout too unless ``quiet``.
 
         ``kill_at``: once this part of all pairs is done, the process is killed (SIGKILL).
@@ -76,9 +78,13 @@ class Log:
         if stdout and not quiet:
             self.say(stdout.rstrip())
         ended = "killed" if code == KILLED else f"exit code {code}"
-        self.say(f"   {ended} after {took:.1f} s, {ran.cpu_seconds:.0f} s of CPU, {ran.peak_bytes / 2**20:.0f} MiB at most")
+        self.say(
+            f"   {ended} after {took:.1f} s, {ran.cpu_seconds:.0f} s of CPU, {ran.peak_bytes / 2**20:.0f} MiB at most"
+        )
         if code not in codes:
-            raise SystemExit(f"cqsa {texts[0]}: exit code {code}, expected one of {list(codes)}; see {self._folder}/log.txt")
+            raise SystemExit(
+                f"cqsa {texts[0]}: exit code {code}, expected one of {list(codes)}; see {self._folder}/log.txt"
+            )
         return ran
 
     def json(self, *words: object) -> tuple[dict[str, Any], Ran]:

@@ -8,21 +8,11 @@ are measured each alone; the run should take little longer than the slowest of t
 """
 
 import argparse
-import os
-import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
 from pathlib import Path
 
-import numpy as np
-import torch
-from genome import BLOCK, stored_bytes, write
+from genome import stored_bytes, write
 from steps import KILLED, Log, amount
-
-import cqsa_stream as cqsa
-from cqsa_stream.events import Event, Figures
-from cqsa_stream.storage.open import open_array
-from cqsa_stream.storage.output import create_array, write_chunk
 
 
 def main() -> None:
@@ -48,12 +38,9 @@ def main() -> None:
     log.figure(generating_s=seconds, plain_bytes=tokens * 3 * given.head_dim * 2, stored_bytes=stored)
 
     some = min(tokens, given.alone_tokens)
-    alone = {
-        "kernel": kernel_alone(folder, some, given.window, given.device) * tokens / some,
-        "decompression": decompression_alone(folder, some) * tokens / some,
-        "disk": disk_alone(folder, some, given.head_dim, given.dtype, given.processes) * tokens / some,
-    }
-    log.figure(**{f"{name}_alone_s": took for name, took in alone.items()})
+    found = measured_alone(folder, some, given.window, given.device, given.processes)
+    alone = {f"{name}_alone_s": took * tokens / some for name, took in found.items()}
+    log.figure(**alone)
 
     out = folder / "out.zarr"
     arrays = [folder / f"{name}.zarr" for name in "qkv"] + [out]
@@ -84,60 +71,20 @@ def main() -> None:
     log.say("every row is computed: killed, resumed, verified")
 
 
-def kernel_alone(folder: Path, tokens: int, window: int, device: str) -> float:
-    """Return the seconds in which kernels compute these rows, of arrays in memory; the second time, when all is warm."""
-    arrays = []
-    for name in "qkv":
-        array = open_array(str(folder / f"{name}.zarr"))
-        found = np.empty((1, tokens, array.shape[3]), array.dtype)
-        array.read_into(0, range(1), range(tokens), found)
-        arrays.append(torch.from_numpy(found)[None])
-    seen: list[Figures] = []
-
-    def note(event: Event) -> None:
-        seen.append(event.figures)
-
-    for _ in range(2):
-        cqsa.attention(*arrays, window=window, device=device, observers=[note])
-    return seen[-1].kernel_s
+def measured_alone(folder: Path, tokens: int, window: int, device: str, threads: int) -> dict[str, float]:
+    """Return the seconds of each part alone for so many tokens, measured in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_alone, (folder, tokens, window, device, threads))
 
 
-def decompression_alone(folder: Path, tokens: int) -> float:
-    """Return the seconds in which all cores read and decompress these rows of Q, K and V."""
-    arrays = [open_array(str(folder / f"{name}.zarr")) for name in "qkv"]
+def _alone(folder: Path, tokens: int, window: int, device: str, threads: int) -> dict[str, float]:
+    import alone  # heavy, and what the process that watches holds would count as its children's
 
-    def read(start: int) -> None:
-        rows = range(start, min(tokens, start + BLOCK))
-        for array in arrays:
-            array.read_into(0, range(1), rows, np.empty((1, len(rows), array.shape[3]), array.dtype))
-
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        list(threads.map(read, range(0, tokens, BLOCK)))
-    return time.perf_counter() - begin
-
-
-def disk_alone(folder: Path, tokens: int, head_dim: int, dtype: str, threads: int) -> float:
-    """Return the seconds in which these rows of the output are written durably, and those of the inputs read."""
-    scratch = folder / "scratch.zarr"
-    array = create_array(scratch, (1, 1, tokens, head_dim), dtype, (1, 1, BLOCK, head_dim))
-    values = np.ones((1, 1, BLOCK, head_dim), dtype)
-
-    def read(file: Path) -> None:
-        handle = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        while os.read(handle, 1 << 22):
-            pass
-        os.close(handle)
-
-    files = [folder / f"{name}.zarr/c/0/0/{chunk}/0" for chunk in range(-(-tokens // BLOCK)) for name in "qkv"]
-    with ThreadPoolExecutor(threads) as pool:
-        begin = time.perf_counter()
-        list(pool.map(lambda chunk: write_chunk(array, (0, 0, chunk, 0), values), range(-(-tokens // BLOCK))))
-        list(pool.map(read, files))
-        took = time.perf_counter() - begin
-    shutil.rmtree(scratch)
-    return took
+    return {
+        "kernel": alone.kernel_s(folder, tokens, window, device),
+        "decompression": alone.decompression_s(folder, tokens),
+        "disk": alone.disk_s(folder, tokens, threads),
+    }
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def _checkpoints(
     held = min(layout.resident_rows, grid.rows.filled) + layout.parked_rows
     between = every_s * len(schedule) * work.lanes / seconds  # tasks from one checkpoint to the next
     changed = min(held, round((1 + between) * schedule.rows_per_task))
-    safe_points = traffic.key_tokens // min(grid.columns.chunk_tokens, grid.columns.tokens)
+    safe_points = -(-traffic.key_tokens // min(grid.columns.chunk_tokens, grid.columns.tokens))
     due = min(int(seconds / every_s), safe_points) if every_s else safe_points
     each = changed * partial_file_bytes(work, grid.rows.chunk_tokens, grid.columns.chunks)
     return due * work.durable, changed, each
