@@ -17,6 +17,7 @@ import numpy as np
 
 from cqsa_stream.errors import InputError
 from cqsa_stream.inputs import open_inputs, refuse_gradients
+from cqsa_stream.machine.places import local_path
 from cqsa_stream.machine.surroundings import undisturbed
 from cqsa_stream.masks import Chunked, Documents, Prefix, from_dense, load, numbers
 from cqsa_stream.options import Options
@@ -26,11 +27,9 @@ from cqsa_stream.schedulers.masks.window import CAUSAL, FULL, last_keys
 from cqsa_stream.scores import Terms, is_number
 from cqsa_stream.storage.open import TokenArray
 
-__all__ = ["Command", "Look", "Target", "local_path", "parse_queries", "parse_window"]
+__all__ = ["Command", "Look", "Target", "parse_queries", "parse_window"]
 
 _SMALL_BYTES = 1 << 20  # no budget is so small: the unit is missing
-_MOST_NAME_BYTES = 240  # what is written beside a file, and made of its name, is longer
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # a Path has made one slash of two
 
 _log = logging.getLogger(__name__)
 
@@ -201,31 +200,3 @@ def _place(path: str | os.PathLike[str]) -> Path:
     if not whole.name:
         raise InputError(f"{path}: no name for a file; expected a path like out.zarr")
     return Path(os.path.realpath(whole.parent), whole.name)
-
-
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """Return the path of a result or run directory; ``~`` is expanded, ``file:///x`` is ``/x``.
-
-    Raises InputError for a URL, and for what is no path.
-    """
-    try:
-        text = os.fsdecode(path)
-        text.encode()
-    except TypeError as error:
-        raise InputError(f"found a {type(path).__name__}; expected a path like out.zarr") from error
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path!r}: the name is not UTF-8, and results cannot be opened by it; rename it") from error
-    if "\0" in text or any(len(part.encode()) > _MOST_NAME_BYTES for part in text.split("/")):
-        raise InputError(f"{text[:60]!r}...: no name of a file; expected names of up to {_MOST_NAME_BYTES} bytes")
-    scheme = _SCHEME.match(text)
-    if scheme and scheme[1].lower() == "file":
-        host, slash, rest = text[len("file:") :].removeprefix("//").partition("/")
-        if host not in ("", "localhost") or not slash:
-            raise InputError("a file:// URL of another host; expected file:///path, or a path")
-        text = f"/{rest.lstrip('/')}"
-    elif scheme:
-        raise InputError(
-            f"a URL ({scheme[1]}://...): results and run directories are local paths; name one, and copy the result "
-            "when the run is done"
-        )
-    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path raises for a user whom nobody knows

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from cqsa_stream.command import local_path
 from cqsa_stream.errors import InputError
 from cqsa_stream.inputs import naming
+from cqsa_stream.machine.places import local_path
 from cqsa_stream.problem import DTYPES, refuse_misfits
 from cqsa_stream.storage.atomic import make_directory
 from cqsa_stream.storage.contract import LAYOUTS

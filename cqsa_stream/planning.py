@@ -14,7 +14,7 @@ from cqsa_stream.kernels.contract import Kernel, KernelChoice
 from cqsa_stream.machine.budgets import FREE_SHARE, describe
 from cqsa_stream.machine.device import Device, device_of
 from cqsa_stream.machine.habits import CUDA, HOST
-from cqsa_stream.operations.forward import forward_sums
+from cqsa_stream.operations.sums import forward_sums
 from cqsa_stream.options import Options
 from cqsa_stream.problem import Problem, dtype_bytes
 from cqsa_stream.schedulers.grid import Grid

@@ -48,8 +48,8 @@ def generate(
     Example:
       $ cqsa generate demo --tokens 65536 --heads 4 --head-dim 64
     """
-    from cqsa_stream.command import local_path
     from cqsa_stream.generate import generate as make
+    from cqsa_stream.machine.places import local_path
 
     paths = make(
         local_path(directory), tokens=_whole("tokens", tokens), heads=heads, head_dim=head_dim, kv_heads=kv_heads,
@@ -246,7 +246,7 @@ def work(
 
     observers = terminal_observers(as_json=as_json, quiet=quiet, verbose=verbose, opening=run_dir)
     with _stoppable(f"the same command goes on with {run_dir}", as_json) as stop:
-        from cqsa_stream.run.opened import run_place
+        from cqsa_stream.run.standing import run_place
         from cqsa_stream.run.working import place_of
         from cqsa_stream.run.working import work as take_part
 

@@ -30,9 +30,9 @@ def status(
     """
     from cqsa_stream.observers.screen import Screen
     from cqsa_stream.observers.status_text import status_text
-    from cqsa_stream.run.opened import open_run
+    from cqsa_stream.run.standing import Standing, run_place
 
-    opened = open_run(run_dir)
+    opened = Standing(run_place(run_dir))
     if watch:
         screen = Screen(sys.stdout)
         while opened.directory.at_work():

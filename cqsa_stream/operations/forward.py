@@ -14,19 +14,12 @@ from cqsa_stream.engine.timeline import Timeline
 from cqsa_stream.kernels.choose import fold_for
 from cqsa_stream.kernels.contract import Fold, Kernel, Scores
 from cqsa_stream.machine.device import Device
-from cqsa_stream.problem import Problem, dtype_bytes
+from cqsa_stream.operations.sums import forward_sums
+from cqsa_stream.problem import Problem
 from cqsa_stream.schedulers.masks.calls import Tile, calls
-from cqsa_stream.schedulers.operands import STREAMS, Field, Sum
+from cqsa_stream.schedulers.operands import STREAMS
 
-__all__ = ["Forward", "forward_sums"]
-
-
-def forward_sums(problem: Problem) -> tuple[Sum, ...]:
-    """Return the one sum: lse in float64, which weighs partials against each other; out as fine as the inputs."""
-    lse = Field("lse", problem.group, 0, "float64", 8, "float32", 4, float("-inf"))
-    partial, out = problem.partial_dtype, problem.out_dtype
-    sizes = dtype_bytes(partial), out, dtype_bytes(out)
-    return (Sum("rows", (lse, Field("out", problem.group, problem.value_dim, partial, *sizes, 0.0))),)
+__all__ = ["Forward"]
 
 
 class Forward:

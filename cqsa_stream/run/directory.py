@@ -27,16 +27,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from cqsa_stream.errors import InputError, LockedError
 from cqsa_stream.events import Span
-from cqsa_stream.operations.forward import forward_sums
+from cqsa_stream.operations.sums import forward_sums
 from cqsa_stream.problem import Problem
 from cqsa_stream.run.manifest import Manifest
-from cqsa_stream.run.state import State
 from cqsa_stream.storage.atomic import (
     is_temporary,
     make_directory,
@@ -50,6 +49,9 @@ from cqsa_stream.storage.claims import SILENT_S, Worker, age_s, workers
 from cqsa_stream.storage.partials import PartialStore, SumFiles
 from cqsa_stream.storage.processes import boot_and_start
 from cqsa_stream.storage.retrying import retrying
+
+if TYPE_CHECKING:
+    from cqsa_stream.run.state import State
 
 __all__ = ["RunDirectory"]
 
@@ -112,19 +114,21 @@ class RunDirectory:
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
 
-    def state(self, problem: Problem) -> State:
+    def state(self, problem: Problem) -> "State":
         """Read what the last session left for the next; where that is missing or damaged, warn: nothing is known."""
+        from cqsa_stream.run.state import State  # options know devices: a status would wait for torch
+
         try:
             return State.from_json(_content(self.path / _STATE))
         except (OSError, ValueError) as error:
             _log.warning("%s: damaged or missing (%s); the run is planned anew", self.path / _STATE, error)
             return State.unknown(problem)
 
-    def write_state(self, state: State) -> None:
+    def write_state(self, state: "State") -> None:
         """Replace the state, durably."""
         replace_file(self.path / _STATE, [state.to_json()])
 
-    def begin(self, manifest: Manifest, state: State) -> None:
+    def begin(self, manifest: Manifest, state: "State") -> None:
         """Write the manifest, durably; before it the state, and the group by which others find the results."""
         group = self.path / "results.zarr"
         group.mkdir(exist_ok=True)

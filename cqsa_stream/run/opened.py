@@ -11,29 +11,28 @@ from typing import Any
 
 import tensorstore as ts
 
-from cqsa_stream.command import Command, Target, local_path
-from cqsa_stream.engine.meter import Progress
+from cqsa_stream.command import Command, Target
 from cqsa_stream.errors import ArrayError, CqsaError, InputError
 from cqsa_stream.events import Observer
+from cqsa_stream.machine.places import local_path
 from cqsa_stream.machine.surroundings import undisturbed
 from cqsa_stream.observers.watching import checked
 from cqsa_stream.options import Options
 from cqsa_stream.report.story import Story, samples_of
 from cqsa_stream.run.admission import refuse_strange_places
-from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.durable import compute
 from cqsa_stream.run.finish import finish_shares
 from cqsa_stream.run.inputs import reopen_inputs
-from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.run.outputs import Results
-from cqsa_stream.run.pair_map import pair_map
-from cqsa_stream.run.status import last_session, last_verification, status
+from cqsa_stream.run.standing import Standing, run_place
+from cqsa_stream.run.status import last_session, last_verification
 from cqsa_stream.run.stopping import Stopper
 from cqsa_stream.storage.open import open_array
 from cqsa_stream.storage.output import open_output
-from cqsa_stream.verification.verify import Verification, verify_rows
+from cqsa_stream.verification.found import Verification
+from cqsa_stream.verification.verify import verify_rows
 
-__all__ = ["Run", "open_run", "run_place"]
+__all__ = ["Run", "open_run"]
 
 _ROWS_REPORTED, _KEYS_REPORTED = 64, 2**24
 
@@ -43,57 +42,8 @@ def open_run(path: str | os.PathLike[str]) -> "Run":
     return Run(run_place(path))
 
 
-def run_place(path: str | os.PathLike[str]) -> Path:
-    """Return the directory of a run that is named by itself, or by its output. Raises InputError for a URL."""
-    named = local_path(path)
-    named = named if named.name else named.absolute()
-    beside = named.with_name(f"{named.name}.run")
-    return beside if not RunDirectory(named).begun and RunDirectory(beside).begun else named
-
-
-class Run:
+class Run(Standing):
     """A run on disk, finished or not."""
-
-    def __init__(self, path: Path) -> None:
-        self.directory = RunDirectory(path)
-        self.manifest: Manifest = self.directory.manifest()
-        self._covers: list[dict[int, int | None]] = []
-        self._seen_ns: int | None = None  # when the partials had changed last, as they were read
-
-    def __repr__(self) -> str:
-        done = Progress(self.manifest.problem, self.manifest.grid, self._stored_covers(durable=False))
-        return (
-            f"<Run {self.directory.path}: {self.manifest.problem}; {done.pairs_done} of {done.pairs_total} pairs done>"
-        )
-
-    def pairs(self, height: int = 24, width: int = 64) -> list[list[float | None]]:
-        """Return the map of pairs: which part of each is done, by row and column chunks; None where none is needed.
-
-        Chunks beyond ``height`` and ``width`` are put together.
-        """
-        return pair_map(self.manifest.grid, self._stored_covers(durable=False), height, width)
-
-    def status(self, *, durable: bool = True) -> dict[str, Any]:
-        """Return where the run stands, by what is on disk, and the last session's figures.
-
-        ``durable=False``: by what is seen on disk, which may be a moment before it survives a power cut; it does not
-        burden a run that works, and reads nothing again that has not changed.
-        """
-        return status(self.directory, self.manifest, self._stored_covers(durable=durable))
-
-    def _stored_covers(self, *, durable: bool) -> list[dict[int, int | None]]:
-        """Return the covers of the stored partials; those read before, where nothing was renamed since."""
-        store = self.directory.store(self.manifest)
-        try:
-            changed_ns = store.directory.stat().st_mtime_ns
-        except FileNotFoundError:
-            changed_ns = 0
-        if durable or changed_ns != self._seen_ns:
-            settled = time.time_ns() - changed_ns > 10**9  # clocks of file systems are coarse
-            self._covers, self._seen_ns = store.covers(), changed_ns if settled else None
-        if durable:
-            store.make_durable()
-        return self._covers
 
     def resume(
         self,

@@ -7,18 +7,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from cqsa_stream.engine.sinks import Stored, ZarrSink
 from cqsa_stream.errors import LockedError, MismatchError
-from cqsa_stream.operations.forward import forward_sums
+from cqsa_stream.operations.sums import forward_sums
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.storage.atomic import make_directory, open_regular
 from cqsa_stream.storage.errors import ArrayError
 from cqsa_stream.storage.output import METADATA, create_array, described, holds_array, open_output
 from cqsa_stream.storage.partials import Header
+
+if TYPE_CHECKING:
+    from cqsa_stream.engine.sinks import ZarrSink
 
 __all__ = ["Results"]
 
@@ -54,10 +55,14 @@ class Results:
                     if not holds_array(path):  # else another worker has just done so
                         raise
 
-    def sink(self, at_a_time: int = 1, guard: Callable[[], object] | None = None) -> ZarrSink:
+    def sink(self, at_a_time: int = 1, guard: Callable[[], object] | None = None) -> "ZarrSink":
         """Open both arrays, to write so many files of a chunk at a time, each as the guard allows. Raises ArrayError
         where they are missing, or not described as they must be.
         """
+        import torch  # a status writes nothing, and does not wait for it
+
+        from cqsa_stream.engine.sinks import Stored, ZarrSink
+
         for path, expected in self._wanted.items():
             if holds_array(path) and (wrong := _misdescribed(path, expected)):
                 raise ArrayError(wrong)

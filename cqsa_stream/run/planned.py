@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from cqsa_stream.command import Command
-from cqsa_stream.engine.meter import Progress
+from cqsa_stream.engine.progress import Progress
 from cqsa_stream.errors import MismatchError
 from cqsa_stream.machine.surroundings import undisturbed
 from cqsa_stream.options import Options

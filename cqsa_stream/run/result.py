@@ -9,10 +9,11 @@ import numpy as np
 import tensorstore as ts
 import torch
 
-from cqsa_stream.command import local_path
 from cqsa_stream.errors import ArrayError, InputError
+from cqsa_stream.machine.places import local_path
 from cqsa_stream.run.directory import RunDirectory
-from cqsa_stream.run.opened import Run, run_place
+from cqsa_stream.run.opened import Run
+from cqsa_stream.run.standing import run_place
 from cqsa_stream.storage.dtypes import ML_DTYPES
 from cqsa_stream.storage.open import open_array
 from cqsa_stream.storage.output import DIMENSIONS, holds_array, open_output, read

@@ -4,13 +4,13 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from cqsa_stream.engine.meter import Progress
+from cqsa_stream.engine.progress import Progress
 from cqsa_stream.events import Figures
 from cqsa_stream.run.directory import RunDirectory
 from cqsa_stream.run.manifest import Manifest
 from cqsa_stream.run.outputs import Results
 from cqsa_stream.run.shares import Left
-from cqsa_stream.verification.verify import Verification
+from cqsa_stream.verification.found import Verification
 
 __all__ = ["is_figure", "last_session", "last_verification", "sessions_of", "status"]
 

@@ -22,8 +22,9 @@ from cqsa_stream.scores import Terms
 from cqsa_stream.storage.dtypes import numpy_dtype
 from cqsa_stream.storage.open import TokenArray
 from cqsa_stream.verification.definitions import lowered, scored, seen, with_sinks
+from cqsa_stream.verification.found import Verification
 
-__all__ = ["Verification", "verify_rows"]
+__all__ = ["verify_rows"]
 
 _BLOCK_TOKENS, _MOST_SCORES = 4_096, 2**20  # of a block: at least, and unless it is the least
 _LEAST_WEIGHT, _SMALL_WEIGHT = 1e-46, 1e-37  # what float32 holds not at all, and in full
@@ -32,32 +33,6 @@ _MOST_THREADS = 8
 _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
 _TILE_ROUNDOFF = {**_ROUNDOFF, "float8_e4m3fn": 2.0**-11, "float8_e5m2": 2.0**-11}  # of a GPU kernel's result
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Errors of the sampled rows, each ‖out - ref‖ / ‖ref‖ over the features.
-
-    A row may err by two roundings to the output dtype, and by the rounding of scores and sums: 2^-23 (float32) times
-    (8 + the largest |score|), times how much the terms of its sum cancel. Where 16-bit tiles come rounded from a
-    GPU kernel, two more roundings to the input dtype. ``tolerance`` is the largest bound of a sampled row.
-    A bound is for the worst case of one row; errors are far below it as a rule.
-    ``damaged_rows`` counts the finished row chunks, sampled or not, whose output is not what was written;
-    ``not_finite_rows`` the sampled rows whose reference is not finite everywhere in the output's dtype: the inputs
-    hold inf or NaN, or values that overflow it. Such a feature must not be finite in the
-    output, either, and counts as without an error.
-    ``complete``: whether all rows of the run are finished, and not a part of them was checked.
-    """
-
-    rows: int
-    max_relative_error: float
-    mean_relative_error: float
-    tolerance: float
-    lse_max_abs_error: float
-    damaged_rows: int
-    not_finite_rows: int
-    complete: bool
-    ok: bool
 
 
 @dataclass(frozen=True)
