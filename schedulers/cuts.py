@@ -36,11 +36,17 @@ def _whole_tokens(request: Request) -> int:
 
 def _columns(request: Request, machine: Machine, rows: int) -> Axis:
     """Return the columns beside so many row chunks: as long as may be, in whole compressed chunks, but enough of them
-    where shares are ranges of columns.
+    where shares are ranges of columns. Many keys make them longer, not more: what says which of them a partial holds
+    does not grow with the sequence.
     """
     tokens = min(request.keys, machine.habits.column_tokens)
     if tokens > (whole := _whole_tokens(request)):
         tokens -= tokens % whole
+    for most in (_CHOSEN_CHUNKS, MOST_CHUNKS):
+        longer = -(-request.keys // (most * tokens)) * tokens
+        if most == MOST_CHUNKS or pair_flops(request.work, -(-request.queries // rows), longer) <= machine.step_flops:
+            tokens = longer
+            break
     if request.work.lanes * rows < request.shares:
         tokens = max(1, min(tokens, request.keys * request.work.lanes // request.shares))
     return Axis(request.keys, tokens, -(-request.keys // tokens))

@@ -1,5 +1,6 @@
 """The grid of a run: queries cut into row chunks, keys into column chunks, and which pairs of them are needed."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -69,9 +70,28 @@ class Grid:
         if found is None:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            span = self.rows.span(row)
-            found = self._known[row] = self.columns.chunks_meeting(self.mask.keys(span)) if span else NONE
+            found = self._known[row] = self.columns.chunks_meeting(self.seen(row))
         return found
+
+    def seen(self, row: int) -> Runs:
+        """Return the keys that a query of a row chunk sees."""
+        span = self.rows.span(row)
+        return self.mask.keys(span) if span else NONE
+
+    def blocks(self, column: int, rows: Sequence[int], tokens: int) -> Iterator[range]:
+        """Yield the blocks, of so many tokens, of a column chunk of which a query of these row chunks sees a key."""
+        span = self.columns.span(column)
+        starts = range(span.start, span.stop, tokens)
+        seen: list[Runs] = []
+        for row in reversed(rows):  # under a causal mask the last one sees the most
+            seen.append(self.seen(row))
+            if seen[-1].covers(span):
+                seen = [seen[-1]]
+                break
+        for start in starts:
+            block = range(start, min(start + tokens, span.stop))
+            if any(keys.meets(block) for keys in seen):
+                yield block
 
     def needing(self, column: int) -> Runs:
         """Return the row chunks that must attend to a column chunk."""

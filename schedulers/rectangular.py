@@ -6,7 +6,7 @@ It moves the fewest bytes on one device, and finishes rows one block after anoth
 from typing import ClassVar
 
 from cqsa_stream.schedulers.grid import Axis, Grid
-from cqsa_stream.schedulers.runs import Runs
+from cqsa_stream.schedulers.runs import NONE, Runs
 from cqsa_stream.schedulers.tasks import NEVER, Task
 
 __all__ = ["Rectangular"]
@@ -58,6 +58,12 @@ class Rectangular:
         first = number * self.rows_per_task
         return range(first, min(first + self.rows_per_task, self.grid.rows.chunks))
 
+    def _keys(self, number: int) -> Runs:
+        """Return the keys that a task's queries see."""
+        rows, chunks = self.grid.rows, self._rows(number)
+        queries = range(rows.span(chunks[0]).start, rows.span(chunks[-1]).stop)
+        return self.grid.mask.keys(queries) if queries else NONE
+
     def next_row(self, row: int, after: int) -> int:
         task = row // self.rows_per_task
         return task if task > after else NEVER
@@ -70,9 +76,15 @@ class Rectangular:
         """What the task before has streamed last is still there, as far as this one streams it, too; before the first
         there is none.
         """
-        streamed = [len(self.chunks_of(number)[1]) for number in range(0, len(self), max(1, len(self) // 64))]
-        found = sum(min(slots, n) for n in streamed) / max(1, sum(streamed))
-        return found * (len(self) - 1) / len(self)
+        found = streamed = 0.0
+        sampled = range(1, len(self), max(1, len(self) // 64))
+        for number in sampled:
+            before, now = self._keys(number - 1), self._keys(number)
+            either = Runs(sorted((*before.ranges, *now.ranges), key=lambda part: part.start))
+            found += min(slots * self.grid.columns.chunk_tokens, len(before) + len(now) - len(either))
+            streamed += len(now)
+        every = (len(self) - 1) / max(1, len(sampled))
+        return every * found / max(1.0, len(self._keys(0)) + every * streamed)
 
     def partials_found(self, places: int) -> float:
         return 1.0

@@ -76,6 +76,16 @@ class Runs(Sequence[int]):
                 return max(number, part.start)
         return None
 
+    def covers(self, part: range) -> bool:
+        """Return whether all of a range is in the set."""
+        index = bisect_right(self._starts, part.start) - 1
+        return not part or (index >= 0 and part.stop <= self.ranges[index].stop)
+
+    def meets(self, part: range) -> bool:
+        """Return whether any of a range is in the set."""
+        first = self.first_from(part.start)
+        return first is not None and first < part.stop
+
     @property
     def bits(self) -> int:
         """The set as an integer whose bit n is set where n is a member: as files store it."""

@@ -291,7 +291,7 @@ class PartialStore:
                 _read_exactly(file, memoryview(bitmap))
                 if not header.finished and crc32c(bitmap) != header.cover_checksum:
                     raise DamagedError("the cover fails its checksum")
-                if int.from_bytes(bitmap, "little") & ~self.sums[place.sum].complete(place.chunk):
+                if bitmap and int.from_bytes(bitmap, "little") & ~self.sums[place.sum].complete(place.chunk):
                     raise DamagedError("a cover of pairs that are not needed")
                 if fields and not header.finished:
                     checksum = 0

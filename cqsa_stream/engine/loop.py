@@ -151,7 +151,7 @@ class Engine:
             queries[row] = self._queries(row, stage, stream)
         for column, rows in task.steps:
             self._bring("columns", column, (column,), self.schedule.next_column(column, task.number))
-            for tokens in pieces(self.grid.columns.span(column), self.plan.layout.block_tokens):
+            for tokens in self.grid.blocks(column, rows, self.plan.layout.block_tokens):
                 block = stage.block(next(stream), next(stream))
                 for row in rows:
                     if row not in queries:

@@ -251,14 +251,18 @@ def _seen_blocks(
 
 def _in_threads(compute: Callable[[_Item], _Found], items: Iterator[_Item]) -> Iterator[_Found]:
     """Yield what is computed of each item, in order, by as many threads as may work at a time."""
-    count = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(count) as threads:
-        coming: deque[Future[_Found]] = deque()
-        for item in items:
-            coming.append(threads.submit(compute, item))
-            if len(coming) > count:
-                yield coming.popleft().result()
-        yield from (future.result() for future in coming)
+    count, inside = min(_MOST_THREADS, len(os.sched_getaffinity(0))), torch.get_num_threads()
+    torch.set_num_threads(1)  # those of each thread's own would be too many
+    try:
+        with ThreadPoolExecutor(count) as threads:
+            coming: deque[Future[_Found]] = deque()
+            for item in items:
+                coming.append(threads.submit(compute, item))
+                if len(coming) > count:
+                    yield coming.popleft().result()
+            yield from (future.result() for future in coming)
+    finally:
+        torch.set_num_threads(inside)
 
 
 def _read(array: TokenArray, batch: int, head: int, tokens: range) -> Tensor:

@@ -3,7 +3,7 @@
 Counting is a dry run: the same tasks, the same fetches, the same choice of what leaves memory as in the engine.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -100,7 +100,9 @@ def fetches(schedule: Schedule, task: Task, layout: Layout) -> Iterator[Fetch]:
         yield from queries(row)
     for column, its_rows in task.steps:
         later = schedule.next_column(column, task.number)
-        for index, tokens in enumerate(pieces(columns.span(column), layout.block_tokens)):
+        first = columns.span(column).start
+        for tokens in schedule.grid.blocks(column, its_rows, layout.block_tokens):
+            index = (tokens.start - first) // layout.block_tokens
             place = later if later == NEVER else later * period + first_block + 2 * (column * per_column + index)
             yield Fetch("key", tokens, place)
             yield Fetch("value", tokens, place + 1)
@@ -242,12 +244,14 @@ class _Count:
         sampled = [schedule.chunks_of(number) for number in _spread(range(len(schedule)), _TASKS_SAMPLED)]
         share = len(schedule) / len(sampled)
         visits = share * sum(len(rows) for rows, _ in sampled)
-        of_chunk = blocks_of_chunk(grid.columns, layout)
+        of_chunk = 2 * -(-grid.columns.chunk_tokens // layout.block_tokens)  # queries come once, unless tasks return
+        if schedule.returns:
+            of_chunk = blocks_of_chunk(grid.columns, layout)
         again = schedule.found_again(layout.cache_slots / of_chunk)
         for rows, columns in sampled:
             self._uses("query", tuple(rows), grid.rows, layout.query_tokens, share, again if schedule.returns else 0.0)
             for array in ("key", "value"):
-                self._uses(array, columns, grid.columns, layout.block_tokens, share, again)
+                self._uses(array, columns, grid.columns, layout.block_tokens, share, again, rows)
         for array, axis, length in (
             ("query", grid.rows, layout.query_tokens),
             *((name, grid.columns, layout.block_tokens) for name in ("key", "value")),
@@ -267,17 +271,38 @@ class _Count:
         self._parked = parked * partial_bytes(self._work, grid.rows.chunk_tokens)
         return self._traffic()
 
-    def _uses(self, array: str, chunks: Sequence[int], axis: Axis, length: int, share: float, found: float) -> None:
-        """Count the uses of some chunks of an array, ``share`` times; of these ``found`` are not read."""
+    def _uses(
+        self,
+        array: str,
+        chunks: Sequence[int],
+        axis: Axis,
+        length: int,
+        share: float,
+        found: float,
+        seen_by: Collection[int] = (),
+    ) -> None:
+        """Count the uses of some chunks of an array, ``share`` times; of these ``found`` are not read. ``seen_by``: the
+        row chunks that use no other blocks than those they see; none where all of a chunk is used.
+        """
         if not chunks:
             return
         spans = [axis.span(chunk) for chunk in _spread(chunks, _CHUNKS_SAMPLED)]
+        if seen_by:
+            spans = [self._blocks_seen(span, length, seen_by) for span in spans]
         times, stored = share * len(chunks) / len(spans), self._arrays[array]
         for span in spans:
             starts = range(span.start, span.stop, length)
             self._tokens[array] += times * len(span)
             self._blocks += times * len(starts)
             self._fetched[stored.encoding] += times * (1 - found) * _fetched(stored, span, starts)
+
+    def _blocks_seen(self, span: range, length: int, rows: Collection[int]) -> range:
+        """Return the part of a chunk, in whole blocks, from the first key on to the last that these rows see."""
+        parts = [part for row in {min(rows), max(rows)} for part in self._grid.seen(row).ranges]
+        first = min((part.start for part in parts), default=span.stop) - span.start
+        last = max((part.stop for part in parts), default=span.start) - span.start
+        start = span.start + max(0, first) // length * length
+        return range(min(start, span.stop), max(start, min(span.stop, span.start + -(-last // length) * length)))
 
     def _traffic(self) -> Traffic:
         """Return what all lanes move; what is fetched was counted for some of them."""
@@ -312,6 +337,8 @@ def _fetched(stored: Stored, span: range, starts: range) -> float:
     if stored.encoding != "compressed":
         return stored.fetched_bytes(span)
     parts = [range(start, min(start + starts.step, span.stop)) for start in _spread(starts, _PARTS_SAMPLED)]
+    if not parts:
+        return 0.0
     return sum(map(stored.fetched_bytes, parts)) * len(span) / sum(map(len, parts))
 
 
