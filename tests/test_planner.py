@@ -54,9 +54,12 @@ def request(
     queries: int | None = None,
     durable: bool = True,
     chunk: int = 1,
+    window: int | None = None,
 ) -> Request:
     rows = tokens if queries is None else queries
     mask = masked(tokens, rows, causal=causal)
+    if window is not None:
+        mask = last_keys(window).over(range(tokens - rows, tokens), tokens).shifted(rows - tokens, 0)
     stored = Stored(tokens, chunk, 1, 256, encoding="raw" if chunk == 1 else "compressed")
     work = Workload(
         lanes=2, group=group, head_dim=64, value_dim=64, stored_itemsize=4, compute_itemsize=4, out_itemsize=4,
@@ -159,18 +162,19 @@ def test_cqs_uses_every_chunk_in_k_tasks() -> None:
 
 @given(
     st.sampled_from([57, 73, 91, 133]), st.booleans(), st.integers(0, 60), st.integers(0, 60), st.booleans(),
-    st.sampled_from([1, 900]),
+    st.sampled_from([1, 900]), st.sampled_from([None, None, 100, 3_000]),
 )  # fmt: skip
 def test_estimates_are_near_what_is_counted(
-    chunks: int, causal: bool, spare: int, cache: int, rectangular: bool, stored: int
+    chunks: int, causal: bool, spare: int, cache: int, rectangular: bool, stored: int, window: int | None
 ) -> None:
     tokens = chunks * 512
-    wanted = request(tokens, causal=causal, chunk=stored)
+    rectangular |= window is not None
+    wanted = request(tokens, causal=causal, chunk=stored, window=window)
     axis = Axis.cut(tokens, chunks)
     grid = Grid(axis, axis, wanted.mask, True)
     rows = min(4, chunks) if rectangular else Cqs(grid).rows_per_task
     layout = dataclasses.replace(
-        forced(tokens, "cqs"), rows_per_task=rows, resident_rows=min(chunks, rows + spare), block_tokens=512,
+        forced(tokens, "cqs"), rows_per_task=rows, resident_rows=min(chunks, rows + spare), block_tokens=256,
         query_tokens=512, slot_bytes=512 * 256, cache_slots=cache,
     )  # fmt: skip
     schedule = Rectangular(grid, rows) if rectangular else Cqs(grid)

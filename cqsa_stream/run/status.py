@@ -202,7 +202,7 @@ def _figures(found: dict[str, Any]) -> dict[str, float]:
 
 def is_figure(value: Any) -> bool:
     """Return whether a value from a file is a number that a figure can be."""
-    return type(value) in (int, float) and abs(value) < 2**62  # not so: NaN, too
+    return type(value) in (int, float) and abs(value) < 2**128  # a billion by a billion: 2^67 FLOP; not so: NaN, too
 
 
 def _numbers(found: Any) -> dict[str, Any]:

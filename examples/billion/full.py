@@ -34,11 +34,12 @@ def fit(tokens: list[int], seconds: list[float]) -> tuple[np.ndarray, np.ndarray
 
 
 def drawn_on(tokens: list[int], seconds: list[float], to: int) -> tuple[float, float, float]:
-    """Return the seconds of ``to`` tokens by the fit of all runs, and the least and most by fits that lack one each."""
+    """Return the seconds of ``to`` tokens by the fit of all runs; the least and most by it and those that lack one."""
     others = [fit(tokens[:i] + tokens[i + 1 :], seconds[:i] + seconds[i + 1 :])[0] for i in range(len(tokens))]
     powers = np.array([1.0, to, float(to) ** 2])
-    without = [float(found @ powers) for found in others]
-    return float(fit(tokens, seconds)[0] @ powers), min(without), max(without)
+    whole = float(fit(tokens, seconds)[0] @ powers)
+    every = [whole, *(float(found @ powers) for found in others)]
+    return whole, min(every), max(every)
 
 
 def main() -> None:

@@ -73,6 +73,8 @@ class Log:
             stdout = process.stdout.read()
             _, status, usage = os.wait4(process.pid, 0)
         process.returncode = code = os.waitstatus_to_exitcode(status)
+        said_so_far = self._folder / "log.txt"
+        said_so_far.write_text(said_so_far.read_text().replace(f"{Path.cwd()}/", ""))  # where it ran is nobody's matter
         took = time.perf_counter() - begin
         ran = Ran(code, stdout, took, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
         if stdout and not quiet:
@@ -101,8 +103,10 @@ class Log:
             shutil.copyfile(file, self._folder / (name or file.name))
 
     def keep_report(self, out: Path) -> None:
-        """Write a report of a run into the folder; the story with its pictures."""
-        self.cqsa("report", out, "--out", self._folder / "report")
+        """Write a report of a run, and keep its page, which holds its pictures."""
+        report = out.with_name(f"{out.name}.report")
+        self.cqsa("report", out, "--out", report)
+        self.keep(report / "report.html")
 
 
 def _kill(process: "subprocess.Popen[str]", run_dir: Path, part: float) -> None:

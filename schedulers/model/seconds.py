@@ -190,13 +190,15 @@ def _pair_s(
     tiles: TileTimes,
     known: dict[tuple[int, int, int], float],
 ) -> float:
+    """Seconds of a pair: where as many rows see as many scores of as many keys, they take as long."""
     kind = (len(rows), len(keys), grid.mask.scores(rows, keys))
     if kind not in known:
-        known[kind] = sum(
-            _call_s(call, work.group, layout.tile, tiles)
-            for block in pieces(keys, layout.block_tokens)
-            for call in calls(grid.mask, rows, block, layout.tile)
-        )
+        if len(keys) > layout.block_tokens:
+            blocks = pieces(keys, layout.block_tokens)
+            known[kind] = sum(_pair_s(rows, block, work, grid, layout, tiles, known) for block in blocks)
+        else:
+            found = calls(grid.mask, rows, keys, layout.tile)
+            known[kind] = sum(_call_s(call, work.group, layout.tile, tiles) for call in found)
     return known[kind]
 
 
