@@ -119,7 +119,7 @@ def test_scores_are_counted_exactly() -> None:
     "words", [["--causal"], ["--window", 4_096], ["--causal", "--queries", f"{MOST - 1024}:{MOST}"]]
 )
 def test_a_plan_of_a_trillion_tokens(cli: Cli, words: list[object]) -> None:
-    shape = ["--shape", f"1,1,{MOST},64", "--device", "cpu", "--host-memory", "16GiB", *words]
+    shape = ["--shape", f"1,1,{MOST},64", "--device", "cpu", "--host-memory", "128GiB", *words]
     found = json.loads(cli("plan", *shape, "--json").stdout)
     rows = 1024 if "--queries" in words else MOST
     scores = {"--causal": MOST * (MOST + 1) // 2, "--window": 4_096 * MOST - 4_096 * 4_095 // 2}[str(words[0])]
@@ -149,27 +149,25 @@ def test_figures_of_a_billion_by_a_billion_are_figures(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_keys(tmp_path: Path) -> None:
-    """64 queries over 2^16 and 2^24 keys, which are holes in files; each stored range is read as it comes."""
+    """64 queries over 2^14 and 2^22 keys, which are holes in files; each stored range is read as it comes."""
     held = {}
     queries = holes(tmp_path / "q.npy", (1, 1, 64, DIM))
-    for keys in (2**16, 2**24):
+    for keys in (2**14, 2**22):
         array = holes(tmp_path / f"{keys}.npy", (1, 1, keys, DIM))
         inputs = {"q": queries, "k": array, "v": array}
         figures = figures_of(**inputs, out=tmp_path / f"{keys}.zarr", host_memory="64MiB", q_start=keys, is_causal=True)
         held[keys] = figures.host_peak_bytes
         assert figures.bytes_read >= 2 * keys * DIM * 2
-    assert held[2**24] <= held[2**16] + (6 << 20), "256 times the keys"
+    assert held[2**22] <= held[2**14] + (6 << 20), "256 times the keys"
 
 
 def test_files_of_partials_do_not_grow_with_the_keys(tmp_path: Path) -> None:
-    """What says which keys a partial holds is as long for 2^40 keys as for 2^34."""
-    chunks = set()
-    for keys in (2**34, 2**40):
+    """What says which keys a partial holds is a bit for each column chunk: these get longer, not more."""
+    for keys, most in ((2**28, 10_303), (2**30, 10_303), (2**34, 10_303), (2**40, 100_000)):
         query, key = (cqsa.Shape((1, 1, rows, DIM), "float16") for rows in (64, keys))
         plan = cqsa.plan(query, key, key, device="cpu", host_memory="1GiB")
-        chunks.add(-(-plan.grid.columns.filled // 1_000))
+        assert most // 2 < plan.grid.columns.chunks <= most
         assert plan.cost.bytes_read > 2 * keys * DIM * 2
-    assert len(chunks) == 1
 
 
 def test_blocks_that_no_row_sees_are_not_used() -> None:
@@ -191,7 +189,7 @@ def test_a_window_reads_what_it_sees_once(tmp_path: Path) -> None:
     tokens = 7 * 4_096
     generator = np.random.default_rng(0)
     rows = {name: generator.standard_normal((1, 1, tokens, DIM), np.float32) for name in "qkv"}
-    inputs = {name: sparse(tmp_path / f"{name}.zarr", tokens, array, 512) for name, array in rows.items()}
+    inputs = {name: sparse(tmp_path / f"{name}.zarr", tokens, array, 256) for name, array in rows.items()}
     figures = figures_of(**inputs, out=tmp_path / "out.zarr", window=64, chunks=7, host_memory="26MiB")
     assert figures.bytes_read <= 1.4 * 3 * tokens * DIM * 4, (
         "the chunk before a row chunk is not read again, but its end"
@@ -215,17 +213,19 @@ def test_verify_reads_each_stored_chunk_once(tmp_path: Path, monkeypatch: pytest
     cqsa.attention(
         q, k, v, fill_missing=True, queries=(39_000, 39_100), is_causal=True, out=tmp_path / "out.zarr", device="cpu"
     )
-    arrays = {}
+    arrays, before = {}, {}
 
     def remembered(*words: Any, **options: Any) -> Any:
         arrays.update(reopen_inputs(*words, **options))
+        before.update({name: array.bytes_read for name, array in arrays.items()})
         return arrays
 
     monkeypatch.setattr(opened, "reopen_inputs", remembered)
     threads = torch.get_num_threads()
     assert cqsa.open_run(tmp_path / "out.zarr").verify(rows=8).ok
     assert torch.get_num_threads() == threads
-    assert arrays["key"].bytes_read == arrays["value"].bytes_read == tokens * DIM * 4
+    for name in ("key", "value"):
+        assert arrays[name].bytes_read - before[name] <= 3 * 16_384 * DIM * 4
 
 
 def test_a_long_report_tells_what_verify_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,9 +236,9 @@ def test_a_long_report_tells_what_verify_found(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(opened, "_KEYS_REPORTED", 100)
     assert "verify the run" in run.report()[0].read_text()
     assert run.verify(rows=7).ok
-    assert "7 rows" in run.report()[0].read_text()
+    assert "7 computed anew" in run.report()[0].read_text()
     run.directory.append_event({"event": "verified", "rows": "many"})
-    assert "7 rows" in run.report()[0].read_text(), "what is no figure is left out"
+    assert "7 computed anew" in run.report()[0].read_text(), "what is no figure is left out"
     run.directory.append_event({"event": "started"})
     assert "verify the run" in run.report()[0].read_text(), "since then it was computed again"
 

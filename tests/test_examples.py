@@ -1,5 +1,6 @@
 """The examples, each run as a user runs it, at a size for tests."""
 
+import json
 import os
 import stat
 import subprocess
@@ -10,6 +11,16 @@ import pytest
 
 from tests.conftest import ROOT, Cli, environment
 
+BILLION = {  # the stories of a billion tokens, at sizes for tests: what each says at its end, or draws
+    "slice": (["--tokens", "60000", "--queries", "100", "--kills", "1", "--checkpoint-every", "0"], "verified"),
+    "window": (["--tokens", "50000", "--checkpoint-every", "0", "--alone-tokens", "16384"], "verified"),
+    "documents": (
+        ["--tokens", "2e6", "--documents", "2000", "--run", "40000", "--checkpoint-every", "0"],
+        "verified",
+    ),
+    "full": (["--from", "1024", "--to", "4096", "--unmeasured", "--times", "1", "--workers", "1,8"], "over_planned"),
+    "memory": (["--tokens", "2^12,2^14", "--seconds", "2", "--files", "50"], "together_s"),
+}
 EXAMPLES = {
     "quickstart": (5_000, "the last row is that of torch's own attention"),
     "resume": (16_000, "the same bits as without the kill: True"),
@@ -31,6 +42,34 @@ def test_an_example(name: str, tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert said in found.stdout
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize("name", sorted(BILLION))
+def test_a_story_of_a_billion_tokens(name: str, tmp_path: Path) -> None:
+    words, said = BILLION[name]
+    command = [sys.executable, str(ROOT / f"examples/billion/{name}.py"), "data", "log", *words]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment())
+    assert found.returncode == 0, found.stdout + found.stderr
+    log = (tmp_path / "log/log.txt").read_text()
+    assert said in log
+    assert str(tmp_path) not in log
+    assert json.loads((tmp_path / "log/figures.json").read_text())
+
+
+def test_an_hour_of_the_whole_run(tmp_path: Path) -> None:
+    """On most machines too long for its seconds: it is killed, resumed and stopped; on any, there is a log."""
+    billion = ROOT / "examples/billion"
+    env = environment()
+    for words in (
+        ["genome.py", "data", "--tokens", "200000", "--head-dim", "16"],
+        ["hour.py", "data", "log", "--seconds", "16", "--host-memory", "26MiB", "--checkpoint-every", "1"],
+    ):
+        command = [sys.executable, str(billion / words[0]), *words[1:]]
+        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+        assert found.returncode == 0, found.stdout + found.stderr
+    figures = json.loads((tmp_path / "log/figures.json").read_text())
+    assert figures["flops_done"] > 0
+    assert "data/all.zarr" in (tmp_path / "log/log.txt").read_text()
 
 
 def script(path: Path, text: str) -> None:

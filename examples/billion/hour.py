@@ -38,7 +38,9 @@ def main() -> None:
         with (given.log / "log.txt").open("ab") as said:
             process = subprocess.Popen([*CQSA, *map(str, words)], stderr=said)
         while time.monotonic() - begin < given.seconds / 2:
-            if process.poll() is not None:
+            if process.poll() == 0:
+                break
+            if process.returncode:
                 raise SystemExit(f"the run ended with exit code {process.returncode}")
             time.sleep(min(60.0, given.seconds / 20))
             if run_dir.exists():
@@ -58,10 +60,10 @@ def main() -> None:
     found, _ = log.json("status", out)
     log.figure(
         commits=len(commits),
-        commit_s_first_half=median(commits[:half]),
-        commit_s_second_half=median(commits[half:]),
-        status_median_s=median(statuses),
-        status_most_s=max(statuses),
+        commit_s_first_half=median(commits[:half] or [0.0]),
+        commit_s_second_half=median(commits[half:] or [0.0]),
+        status_median_s=median(statuses or [0.0]),
+        status_most_s=max(statuses, default=0.0),
         elapsed_s=found["elapsed_s"],
         flops_done=found["flops_done"],
         flops_per_s=found["flops_done"] / found["elapsed_s"],

@@ -49,7 +49,9 @@ def main() -> None:
     often = ["--checkpoint-every", given.checkpoint_every]
     first = log.cqsa("run", *arrays, *how, *often, kill_at=0.3, codes=(KILLED,))
     found, ran = log.json("status", out)
-    log.figure(killed_s=first.seconds, rows_kept=found["rows_done"], rows=found["rows_total"], status_s=ran.seconds)
+    log.figure(
+        killed_s=first.seconds, row_chunks_kept=found["rows_done"], row_chunks=found["rows_total"], status_s=ran.seconds
+    )
     last = log.cqsa("run", *arrays, *how, *often)
     found, ran = log.json("status", out)
     log.figure(

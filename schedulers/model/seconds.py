@@ -18,6 +18,7 @@ from cqsa_stream.schedulers.tasks import Schedule
 __all__ = ["Cost", "cost", "kernel_s"]
 
 _ROWS_SAMPLED = 16
+_BLOCKS_COUNTED = 64  # of a pair; of more, eight are
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,10 @@ def _pair_s(
     kind = (len(rows), len(keys), grid.mask.scores(rows, keys))
     if kind not in known:
         if len(keys) > layout.block_tokens:
-            blocks = pieces(keys, layout.block_tokens)
-            known[kind] = sum(_pair_s(rows, block, work, grid, layout, tiles, known) for block in blocks)
+            blocks = list(pieces(keys, layout.block_tokens))
+            sampled = blocks if len(blocks) <= _BLOCKS_COUNTED else blocks[len(blocks) // 16 :: len(blocks) // 8]
+            seconds = sum(_pair_s(rows, block, work, grid, layout, tiles, known) for block in sampled)
+            known[kind] = seconds * len(blocks) / len(sampled)
         else:
             found = calls(grid.mask, rows, keys, layout.tile)
             known[kind] = sum(_call_s(call, work.group, layout.tile, tiles) for call in found)
