@@ -84,7 +84,7 @@ class Grid:
         starts = range(span.start, span.stop, tokens)
         seen: list[Runs] = []
         for row in reversed(rows):  # under a causal mask the last one sees the most
-            seen.append(self.seen(row))
+            seen.append(self.mask.keys(self.rows.span(row), span))
             if seen[-1].covers(span):
                 seen = [seen[-1]]
                 break

@@ -150,7 +150,7 @@ def make_directory(path: Path) -> None:
         raise _failure(error, path, 4096) from error
     _durable[path] = None
     if len(_durable) > _MOST_DURABLE:
-        with suppress(StopIteration, KeyError):  # several threads write
+        with suppress(StopIteration, KeyError, RuntimeError):  # several threads write
             del _durable[next(iter(_durable))]
 
 

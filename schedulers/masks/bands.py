@@ -120,11 +120,12 @@ class Mask:
         few = self.few(rows, columns)
         return arrays.scores(self.cut(rows, columns)) if few is None else sum(band.scores for band in few)
 
-    def keys(self, rows: range) -> Runs:
-        """Return the keys that any of these rows sees."""
-        few = self.few(rows, _EVERYWHERE)
+    def keys(self, rows: range, columns: range | None = None) -> Runs:
+        """Return the keys, of these or of all, that any of these rows sees."""
+        columns = _EVERYWHERE if columns is None else columns
+        few = self.few(rows, columns)
         if few is None:
-            _, _, starts, stops, *_ = self.cut(rows, _EVERYWHERE)
+            _, _, starts, stops, *_ = self.cut(rows, columns)
             return Runs.of(starts, stops)
         return Runs(sorted((band.columns for band in few), key=lambda part: part.start))
 
