@@ -41,7 +41,12 @@ _MOST_DURABLE = 64
 
 def temporary_name(path: Path) -> Path:
     """Return where this process may write what is to become the file: a name that no other writer has or had."""
-    return path.with_name(f"{path.name}.{owner()}-{secrets.token_hex(8)}.tmp")
+    return Path(_temporary(path))
+
+
+def _temporary(path: Path) -> str:
+    """Return such a name as text: pathlib interns the names in a Path, and the table of these grows with new ones."""
+    return f"{path}.{owner()}-{secrets.token_hex(8)}.tmp"
 
 
 def is_temporary(name: str, of: str) -> bool:
@@ -108,7 +113,7 @@ def replace_file(path: Path, parts: Sequence[Any], guard: Callable[[], object] |
     Whatever fails, the file is whole: it has its old content, or the new. Raises OSError naming it, FullDiskError where
     the disk is full.
     """
-    temporary = temporary_name(path)
+    temporary = _temporary(path)
     try:
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
@@ -121,11 +126,11 @@ def replace_file(path: Path, parts: Sequence[Any], guard: Callable[[], object] |
             os.close(file)
         if guard is not None:
             guard()
-        temporary.replace(path)
+        os.replace(temporary, path)  # noqa: PTH105 - no Path of it
         sync_directory(path.parent)
     except BaseException as error:
         with suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary)  # noqa: PTH108
         if not isinstance(error, OSError):
             raise
         raise _failure(error, path, sum(memoryview(part).nbytes for part in parts)) from error
