@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,8 @@ def test_a_long_report_tells_what_verify_found(tmp_path: Path, monkeypatch: pyte
     assert "verify the run" in run.report()[0].read_text()
     assert run.verify(rows=7).ok
     assert "7 computed anew" in run.report()[0].read_text()
-    run.directory.append_event({"event": "verified", "rows": "many"})
+    for rows in ("many", 10**400):
+        run.directory.append_event({**asdict(run.verify(rows=7)), "event": "verified", "rows": rows})
     assert "7 computed anew" in run.report()[0].read_text(), "what is no figure is left out"
     run.directory.append_event({"event": "started"})
     assert "verify the run" in run.report()[0].read_text(), "since then it was computed again"

@@ -190,8 +190,10 @@ def last_verification(events: Iterable[dict[str, Any]]) -> dict[str, Any] | None
     for event in events:
         if event.get("event") == "started":
             found = None
-        elif event.get("event") == "verified" and all(type(event.get(name)) in (int, float, bool) for name in names):
-            found = {name: event[name] for name in names}
+        elif event.get("event") == "verified":
+            values = {name: event.get(name) for name in names}
+            if all(type(value) in (bool, float) or is_figure(value) for value in values.values()):  # inf, NaN: an error
+                found = values
     return found
 
 

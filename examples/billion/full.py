@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--unmeasured", action="store_true", help="leave out cqsa bench")
     parser.add_argument("--times", type=int, default=2, help="how often each run is timed; the fastest counts")
     given = parser.parse_args()
-    log, folder = Log(given.log), given.folder
+    log = Log(given.log)
     how = ["--causal", "--device", given.device, "--host-memory", given.host_memory]
     shape = ["--shape", f"1,1,{given.tokens},{given.head_dim}", "--dtype", given.dtype]
 
@@ -65,33 +65,34 @@ def main() -> None:
         log.cqsa("bench", "--device", given.device, quiet=True)
     for workers in given.workers.split(","):
         some = ["--workers", workers] if workers != "1" else []
-        log.cqsa("plan", *shape, *how, *some)
+        log.cqsa("plan", *shape, *how, *some, codes=(0, 4))  # many workers may not fit one machine
 
-    names = ("q", "k", "v")
     numbers = [given.first << step for step in range((given.to // given.first).bit_length())]
-    measured, planned = [], []
-    for tokens in numbers:
-        data, out = folder / str(tokens), folder / "out.zarr"
-        about = ["--tokens", tokens, "--heads", 1, "--head-dim", given.head_dim, "--dtype", given.dtype]
-        log.cqsa("generate", data, *about)
-        arrays = [data / f"{name}.zarr" for name in names] + [out]
-        plan, _ = log.json("plan", *arrays, *how)
-        planned.append(plan["seconds"])
-        took = []
-        for _ in range(given.times):
-            log.cqsa("run", *arrays, *how, "--fresh")
-            took.append(log.json("status", out)[0]["session_s"])
-        measured.append(min(took))
-        log.figure(**{f"seconds_{tokens}": took, f"planned_{tokens}": plan["seconds"]})
-        shutil.rmtree(data)
-    (a, c, b), residuals = fit(numbers, measured)
-    days, least, most = (seconds / SECONDS_A_DAY for seconds in drawn_on(numbers, measured, given.tokens))
+    measured, planned = zip(*(timed(log, given, tokens, how) for tokens in numbers), strict=True)
+    (a, c, b), residuals = fit(numbers, [*measured])
+    days, least, most = (seconds / SECONDS_A_DAY for seconds in drawn_on(numbers, [*measured], given.tokens))
     plan, _ = log.json("plan", *shape, *how)
     log.figure(fit=f"{a:.3g} s + {c:.3g} s N + {b:.4g} s N^2", residuals=[round(float(r), 3) for r in residuals])
     over = [round(m / p, 3) for m, p in zip(measured, planned, strict=True)]
     log.figure(measured_over_planned=over)
     log.figure(days_drawn_on=days, days_least=least, days_most=most, days_planned=plan["seconds"] / SECONDS_A_DAY)
     log.figure(over_planned=days * SECONDS_A_DAY / plan["seconds"])
+
+
+def timed(log: Log, given: argparse.Namespace, tokens: int, how: list[object]) -> tuple[float, float]:
+    """Return the seconds of the fastest of some runs of so many tokens, and what was planned."""
+    data, out = given.folder / str(tokens), given.folder / "out.zarr"
+    about = ["--tokens", tokens, "--heads", 1, "--head-dim", given.head_dim, "--dtype", given.dtype]
+    log.cqsa("generate", data, *about)
+    arrays = [data / "q.zarr", data / "k.zarr", data / "v.zarr", out]
+    plan, _ = log.json("plan", *arrays, *how)
+    took = []
+    for _ in range(given.times):
+        log.cqsa("run", *arrays, *how, "--fresh")
+        took.append(log.json("status", out)[0]["session_s"])
+    log.figure(**{f"seconds_{tokens}": took, f"planned_{tokens}": plan["seconds"]})
+    shutil.rmtree(data)
+    return min(took), plan["seconds"]
 
 
 if __name__ == "__main__":

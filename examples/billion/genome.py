@@ -56,7 +56,7 @@ def created(path: Path, tokens: int, head_dim: int, dtype: str) -> ts.TensorStor
     """Create an array ``[1, 1, tokens, head_dim]`` of Zarr v3, or open the one that is there."""
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/", "file_io_sync": False},
+        "kvstore": {"driver": "file", "path": f"{path}/", "file_io_sync": False},  # a lost one is written again
         "metadata": {
             "shape": [1, 1, tokens, head_dim],
             "data_type": dtype,

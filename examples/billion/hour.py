@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -31,29 +32,8 @@ def main() -> None:
     how = ["--causal", "--device", given.device, "--host-memory", given.host_memory]
     log.cqsa("plan", *arrays, *how)
     words = ["run", *arrays, *how, "--checkpoint-every", given.checkpoint_every]
-    statuses: list[float] = []
-    for part in range(2):
-        log.say(f"$ cqsa {' '.join(map(str, words))}   # {'killed' if part == 0 else 'resumed, then stopped'}")
-        begin = time.monotonic()
-        with (given.log / "log.txt").open("ab") as said:
-            process = subprocess.Popen([*CQSA, *map(str, words)], stderr=said)
-        while time.monotonic() - begin < given.seconds / 2:
-            if process.poll() == 0:
-                break
-            if process.returncode:
-                raise SystemExit(f"the run ended with exit code {process.returncode}")
-            time.sleep(min(60.0, given.seconds / 20))
-            if run_dir.exists():
-                found, ran = log.json("status", out)
-                statuses.append(ran.seconds)
-                log.figure(pairs_done=found["pairs_done"], pairs_total=found["pairs_total"], status_s=ran.seconds)
-                partials = [file.stat().st_size for file in (run_dir / "partials").glob("*.partial")]
-                log.figure(partials=len(partials), largest_partial_bytes=max(partials, default=0))
-        if part == 0:
-            process.kill()
-        else:
-            process.terminate()
-        log.say(f"   exit code {process.wait()}")
+    first = half_an_hour(log, words, given, then="kill")
+    statuses = first + half_an_hour(log, words, given, then="terminate")
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     commits = [event["seconds"] for event in events if event["event"] == "checkpointed"]
     half = len(commits) // 2
@@ -67,11 +47,40 @@ def main() -> None:
         elapsed_s=found["elapsed_s"],
         flops_done=found["flops_done"],
         flops_per_s=found["flops_done"] / found["elapsed_s"],
-        years_left=found["eta_s"] / 86_400 / 365,
+        years_left=(found["eta_s"] or 0.0) / 86_400 / 365,
         host_peak_bytes=found["host_peak_bytes"],
     )
     log.keep(run_dir / "events.jsonl")
     log.keep_report(out)
+
+
+def half_an_hour(log: Log, words: Sequence[object], given: argparse.Namespace, then: str) -> list[float]:
+    """Run a command for half of the time, or to its end, and look at it each minute; return what each look took."""
+    log.say(f"$ cqsa {' '.join(map(str, words))}   # then: {then}")
+    begin, looks = time.monotonic(), list[float]()
+    with (given.log / "log.txt").open("ab") as said:
+        process = subprocess.Popen([*CQSA, *map(str, words)], stderr=said)
+    while time.monotonic() - begin < given.seconds / 2 and process.poll() is None:
+        time.sleep(min(60.0, given.seconds / 20))
+        looks += look(log, Path(str(words[4])))
+    if process.poll() is None:
+        getattr(process, then)()
+    elif process.returncode:
+        raise SystemExit(f"the run ended with exit code {process.returncode}")
+    log.say(f"   exit code {process.wait()}")
+    return looks
+
+
+def look(log: Log, out: Path) -> list[float]:
+    """Say where the run stands and how long its partials are; return the seconds of the status, of a run that began."""
+    run_dir = Path(f"{out}.run")
+    if not run_dir.exists():
+        return []
+    found, ran = log.json("status", out)
+    log.figure(pairs_done=found["pairs_done"], pairs_total=found["pairs_total"], status_s=ran.seconds)
+    partials = [file.stat().st_size for file in (run_dir / "partials").glob("*.partial")]
+    log.figure(partials=len(partials), largest_partial_bytes=max(partials, default=0))
+    return [ran.seconds]
 
 
 if __name__ == "__main__":

@@ -95,12 +95,12 @@ class Log:
         found: dict[str, Any] = json.loads(ran.stdout)
         return found, ran
 
-    def keep(self, file: Path, name: str | None = None) -> None:
+    def keep(self, file: Path) -> None:
         """Copy a small file into the folder."""
         if file.stat().st_size > 500_000:
             self.say(f"   {file.name} has {file.stat().st_size:,} bytes; it is not kept")
         else:
-            shutil.copyfile(file, self._folder / (name or file.name))
+            shutil.copyfile(file, self._folder / file.name)
 
     def keep_report(self, out: Path) -> None:
         """Write a report of a run, and keep its page, which holds its pictures."""
